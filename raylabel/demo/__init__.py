@@ -1,0 +1,1 @@
+"""Runs the built-in subject: its model, and the text it reads."""

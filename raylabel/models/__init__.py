@@ -1,0 +1,1 @@
+"""Torch only: the subject and the controls. No Ray, no files of the run."""

@@ -1,0 +1,1 @@
+"""Words by characters, families, phrases, FastText vectors, neighbours and nulls."""
