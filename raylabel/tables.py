@@ -15,7 +15,8 @@ import pyarrow as pa
 SCHEMA_VERSION = "1.0"
 
 # Histogram of polarity * activation. Magnitudes are cut at 2^e and 1.5 * 2^e (half octaves), which a float32 shows in
-# its own leading bits, so that counting needs no comparison with edges. The first bin holds magnitudes below 2^-12.
+# its own leading bits, so that counting needs no comparison with edges. The middle bin holds magnitudes below 2^-12;
+# above it a bin holds its lower edge, below it its upper one, so that the other polarity's histogram is the mirror image.
 HISTOGRAM_LOW, HISTOGRAM_HIGH = -12, 12
 MAGNITUDES = [m * 2.0**e for e in range(HISTOGRAM_LOW, HISTOGRAM_HIGH) for m in (1.0, 1.5)] + [2.0**HISTOGRAM_HIGH]
 HISTOGRAM_EDGES = [-float("inf"), *(-m for m in reversed(MAGNITUDES)), *MAGNITUDES, float("inf")]

@@ -1,0 +1,150 @@
+"""Runs a configuration: stage after stage, each one planned when it starts, continued where it was left.
+
+`run_pipeline` is the one way through, for the command line, the API and the jobs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from raylabel.config import RunConfig
+from raylabel.engine.execute import UnitFailed
+from raylabel.engine.inline import InlinePool
+from raylabel.errors import BadInput, RunFailed
+from raylabel.stages import PIPELINE, prepare
+from raylabel.stages.base import Stage, settings
+from raylabel.stages.failures import write_failures
+from raylabel.store.lock import locked
+from raylabel.store.plan import Plan, digest, make_plan
+from raylabel.store.rundir import RunDir
+
+Say = Callable[[str], None]
+TOLERATED = 10
+"""Failed neurons that never stop a run by themselves: a share of a small model is less than one neuron."""
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    Attributes:
+        stages: seconds by stage that ran.
+        failures: rows in the table `failures`.
+    """
+
+    stages: dict[str, float] = field(default_factory=dict)
+    failures: int = 0
+
+
+def open_pool(address: str, workers: int | None) -> Any:
+    """Where units run: in this process (`inline`) or on Ray."""
+    if address == "inline":
+        return InlinePool()
+    from raylabel.engine.cluster import RayPool
+
+    return RayPool(address, workers)
+
+
+def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
+    """Runs the wanted stages of `config` in its run directory, skipping what is done.
+
+    Raises BadInput for what the user can mend and RunFailed where the run cannot go on.
+    """
+    run = RunDir(config.run.out)
+    report = Report()
+    wanted = chosen(config)
+    with locked(run.files):
+        run.start(config.model_dump(mode="json"))
+        prepare(run, config)
+        pool = None
+        try:
+            for stage in wanted:
+                started = time.time()
+                pool = run_stage(stage, run, config, pool, say)
+                report.stages[stage.name] = time.time() - started
+        finally:
+            if pool is not None:
+                pool.close()
+            report.failures = write_failures(run, config.run.format)
+    return report
+
+
+def chosen(config: RunConfig) -> list[Stage]:
+    """The stages to run, in order; BadInput names one that does not exist."""
+    if config.run.stages == "all":
+        return list(PIPELINE)
+    known = {stage.name: stage for stage in PIPELINE}
+    for name in config.run.stages:
+        if name not in known:
+            raise BadInput(f"run.stages: no stage {name!r}; stages are {', '.join(known)}")
+    return [stage for stage in PIPELINE if stage.name in config.run.stages]
+
+
+def plan_stage(stage: Stage, run: RunDir, config: RunConfig) -> tuple[Plan, Any]:
+    """The plan of a stage whose inputs are complete, and its steps."""
+    inputs = []
+    for needed in stage.needs:
+        name, _, step = needed.partition(".")
+        plan = run.plan(name)
+        producer = next(s for s in PIPELINE if s.name == name)
+        if plan is None or not all(run.complete(table) for table in producer.tables):
+            raise BadInput(f"run.stages: {stage.name} needs {name}, which is not complete in {run.files.url}")
+        used = [u.id for u in plan.units if (u.step == step if step else u.step not in producer.aside)]
+        inputs.append(digest([needed, used]))
+    steps = stage.steps(run, config)
+    values = settings(stage, config, run.resolved)
+    return make_plan(stage.name, stage.version, values, inputs, {s.name: s.keys for s in steps}), steps
+
+
+def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say) -> Any:
+    """Runs what is pending of a stage; opens the pool when there is something to run. Returns the pool."""
+    plan, steps = plan_stage(stage, run, config)
+    committed = run.committed(plan)
+    before = run.plan(stage.name)
+    same = before is not None and before.to_json() == plan.to_json()
+    if same and len(committed) == len(plan.units) and all(run.complete(t) for t in stage.tables):
+        say(f"{stage.name}: already done")
+        return pool
+    started = time.time()
+    if not same:
+        for later in reversed(PIPELINE[PIPELINE.index(stage) :]):
+            run.forget_plan(later.name, later.tables)
+    run.reopen(stage.tables)
+    run.fix_plan(plan)
+    attempts = {i: int(entry["attempt"]) + 1 for i, entry in run.manifest(stage.name).items()}
+    failed = sum(len(entry["failures"]) for entry in committed.values())
+    for step in steps:
+        units = [(u, attempts.get(u.id, 1)) for u in plan.units if u.step == step.name and u.id not in committed]
+        if not units:
+            continue
+        if pool is None:
+            pool = open_pool(config.run.address, None if config.run.workers == "auto" else config.run.workers)
+        finished = 0
+
+        def done(entry: dict[str, Any], step: Any = step, total: int = len(units)) -> None:
+            nonlocal failed, finished
+            finished += 1
+            failed += len(entry["failures"])
+            say(f"{stage.name}: {step.name} {finished}/{total}, {time.time() - started:.1f} s")
+            check_failures(stage.name, failed, run, config)
+
+        try:
+            pool.run(step, units, run.files, config.run.format, done)
+        except UnitFailed as error:
+            raise RunFailed(f"{stage.name} cannot go on: {error}") from error
+    run.finish(plan, stage.tables)
+    return pool
+
+
+def check_failures(stage: str, failed: int, run: RunDir, config: RunConfig) -> None:
+    """Raises RunFailed when more neurons of a stage failed than `run.max_failures` allows."""
+    total = int(run.resolved.get("n_units", 0))
+    allowed = config.run.max_failures * total
+    if failed > allowed and (failed > TOLERATED or config.run.max_failures == 0):
+        raise RunFailed(
+            f"{stage}: {failed} of {total} neurons failed, more than run.max_failures allows "
+            f"({config.run.max_failures:g}); see the failures in {run.files.url}"
+        )

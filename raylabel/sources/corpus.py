@@ -1,0 +1,183 @@
+"""Text to scan: documents from files, folders, `datasets` and the standard library, in a fixed order.
+
+`chunks(path, column)` cuts a corpus into pieces that can be read apart; `documents(chunk, column)` reads one. Files
+come in path order, rows in file order. A .txt file is cut at form feeds and `<|endoftext|>` marks where it has any;
+else a long one is cut at blank lines into documents of about 4,000 characters, so that one big file still gives
+documents enough to split and to resample. Everything that is wrong is a BadInput that names the file and the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from raylabel.errors import BadInput
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+CHUNK_BYTES = 4_000_000
+DOCUMENT_CHARACTERS = 4_000
+_MARKS = re.compile(r"<\|endoftext\|>|\f")
+_BLANK = re.compile(r"\n[ \t]*\n")
+Chunk = dict[str, Any]
+
+
+def chunks(path: str, column: str) -> list[Chunk]:
+    """Pieces of the corpus at `path`, in order, as plain values; each carries what tells a changed file apart."""
+    if path == "stdlib":
+        import sys
+
+        return [{"kind": "stdlib", "python": sys.version.split()[0]}]
+    place = Path(path)
+    if place.is_dir() and any((place / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return [{"kind": "datasets", "path": str(place), "state": _state(place)}]
+    if place.is_dir():
+        files = sorted(f for f in place.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+        if not files:
+            raise BadInput(f"exemplars.corpus.path: no {' '.join(SUFFIXES)} file in {path}")
+        return _file_chunks(files)
+    if place.is_file():
+        if place.suffix not in SUFFIXES:
+            raise BadInput(f"exemplars.corpus.path: {path} is none of {' '.join(SUFFIXES)}")
+        return _file_chunks([place])
+    if _looks_like_path(path):
+        raise BadInput(f"exemplars.corpus.path: no such file or folder: {path}")
+    return [{"kind": "hub", "path": path}]
+
+
+def documents(chunk: Chunk, column: str) -> Iterator[str]:
+    """The texts of one piece; BadInput names the file and row of what cannot be read."""
+    if chunk["kind"] == "stdlib":
+        from raylabel.demo.stdlib import documents as standard_library
+
+        yield from (text for _, text in standard_library())
+    elif chunk["kind"] in ("datasets", "hub"):
+        yield from _datasets(chunk, column)
+    else:
+        for file in chunk["files"]:
+            yield from _file(Path(file["path"]), column)
+
+
+def _looks_like_path(path: str) -> bool:
+    return path.startswith(("/", ".", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1 or "\\" in path
+
+
+def _state(place: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(place.rglob("*.json")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _file_chunks(files: list[Path]) -> list[Chunk]:
+    made: list[Chunk] = []
+    size = CHUNK_BYTES + 1
+    for file in files:
+        status = os.stat(file)
+        entry = {"path": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns}
+        if size + status.st_size > CHUNK_BYTES:
+            made.append({"kind": "files", "files": []})
+            size = 0
+        made[-1]["files"].append(entry)
+        size += status.st_size
+    return made
+
+
+def _file(file: Path, column: str) -> Iterator[str]:
+    if file.suffix == ".parquet":
+        yield from _parquet(file, column)
+    elif file.suffix == ".jsonl":
+        for number, line in enumerate(_text(file).split("\n"), 1):
+            if line.strip():
+                yield _value(_json(line, f"{file}, line {number}"), column, f"{file}, line {number}")
+    elif file.suffix == ".json":
+        tree = _json(_text(file), str(file))
+        rows = tree if isinstance(tree, list) else tree.get(column) if isinstance(tree, dict) else None
+        if not isinstance(rows, list):
+            raise BadInput(f"{file}: expected a JSON list of texts, or of objects with the key {column!r}")
+        for number, row in enumerate(rows, 1):
+            yield _value(row, column, f"{file}, row {number}")
+    else:
+        yield from cut_text(_text(file))
+
+
+def cut_text(text: str) -> list[str]:
+    """The documents of a text file's content."""
+    if _MARKS.search(text):
+        return [part for part in _MARKS.split(text) if part.strip()]
+    made: list[str] = []
+    at = 0
+    for blank in _BLANK.finditer(text):
+        if blank.end() - at >= DOCUMENT_CHARACTERS:
+            made.append(text[at : blank.end()])
+            at = blank.end()
+    rest = text[at:]
+    if made and len(rest) < DOCUMENT_CHARACTERS // 4:
+        made[-1] += rest
+    elif rest.strip():
+        made.append(rest)
+    return made
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BadInput(f"{where}: not valid JSON") from None
+
+
+def _value(row: Any, column: str, where: str) -> str:
+    value = row.get(column) if isinstance(row, dict) else row
+    if not isinstance(value, str):
+        raise BadInput(f"{where}: no text under {column!r}; name the key with exemplars.corpus.column")
+    return value
+
+
+def _parquet(file: Path, column: str) -> Iterator[str]:
+    try:
+        opened = pq.ParquetFile(file)
+    except Exception as error:
+        raise BadInput(f"{file}: not a parquet file ({type(error).__name__})") from None
+    if column not in opened.schema_arrow.names:
+        raise BadInput(f"{file}: no column {column!r}; name it with exemplars.corpus.column")
+    row = 0
+    for batch in opened.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            row += 1
+            yield _value(value if value is not None else "", column, f"{file}, row {row}")
+
+
+def _datasets(chunk: Chunk, column: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise BadInput("exemplars.corpus.path: reading a `datasets` corpus needs `pip install raylabel[datasets]`") from None
+    name = chunk["path"]
+    try:
+        if chunk["kind"] == "datasets":
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, streaming=True)
+    except Exception as error:
+        raise BadInput(
+            f"exemplars.corpus.path: {name!r} is no file or folder, and `datasets` cannot load it ({type(error).__name__})"
+        ) from None
+    if isinstance(loaded, dict):
+        loaded = loaded.get("train") or next(iter(loaded.values()))
+    for number, row in enumerate(loaded, 1):
+        yield _value(row, column, f"{name}, row {number}")

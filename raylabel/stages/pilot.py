@@ -1,0 +1,54 @@
+"""The pilot of a scan: one forward over a few samples fixes what must not depend on how the scan is cut.
+
+Per layer: the residual norm above which a position is an attention sink, the units' means (taken off before moments
+are summed, so that they do not cancel), and the scale of the decoys. Kept as `pilot.npz` for the whole run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from raylabel.config import RunConfig
+from raylabel.models.controls import Decoys, draw_directions, fit_decoys
+from raylabel.stages.samples import Samples
+
+PILOT_SAMPLES = 64
+
+
+def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConfig) -> dict[str, np.ndarray]:
+    """Arrays `sink.L`, `mean.L` [width] and, with decoys, `centre.L`, `gain.L`, `offset.L` of every layer L."""
+    rows = np.unique(np.linspace(0, len(samples.numbers) - 1, PILOT_SAMPLES).astype(np.int64))
+    ids, lengths = samples.padded(rows, subject.pad_id)
+    tokens = torch.from_numpy(ids).to(subject.device)
+    inside = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
+    usual = (inside & ~torch.isin(torch.from_numpy(ids), torch.tensor(sorted(subject.special_ids)))).to(subject.device)
+    if not usual.any():
+        usual = inside.to(subject.device)
+    found: dict[str, np.ndarray] = {}
+
+    def visit(layer: int, acts: torch.Tensor, resid: torch.Tensor) -> None:
+        norms = resid.float().norm(dim=-1)
+        sink = config.exemplars.sink_factor * float(norms[usual].median())
+        chosen = torch.nan_to_num(acts.float()[usual & (norms <= sink)], nan=0.0, posinf=0.0, neginf=0.0)
+        found[f"sink.{layer}"] = np.array(sink, dtype=np.float32)
+        found[f"mean.{layer}"] = chosen.double().mean(0).float().cpu().numpy()
+        if config.controls.decoys:
+            decoys = fit_decoys(chosen, config.controls.decoys, config.run.seed, layer)
+            for name in ("centre", "gain", "offset"):
+                found[f"{name}.{layer}"] = getattr(decoys, name).cpu().numpy()
+
+    subject.run(tokens, layers, visit)
+    return found
+
+
+def load_decoys(pilot: dict[str, np.ndarray], layer: int, width: int, seed: int, device: Any) -> Decoys | None:
+    """The decoys of a layer as the pilot fixed them; None without decoys."""
+    if f"gain.{layer}" not in pilot:
+        return None
+    n = len(pilot[f"gain.{layer}"])
+    directions = draw_directions(width, n, seed, layer).to(device)
+    parts = {name: torch.from_numpy(pilot[f"{name}.{layer}"]).to(device) for name in ("centre", "gain", "offset")}
+    return Decoys(directions=directions, **parts)

@@ -1,0 +1,111 @@
+"""Files of a run directory, on a local disk or any fsspec object store, addressed by paths relative to its root.
+
+A write is seen whole or not at all: locally a temporary name is flushed and renamed, on an object store the key is put
+once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import fsspec
+import pyarrow.fs as pafs
+
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write left behind: path relative to the root, bytes, and sha256 as hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Files:
+    """A directory given by a local path or an fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = str(url).rstrip("/")
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        return fsspec.core.url_to_fs(self.url)
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system."""
+        return self._opened[0]
+
+    @property
+    def root(self) -> str:
+        """The directory's path within the file system."""
+        return str(self._opened[1]).rstrip("/")
+
+    @property
+    def local(self) -> bool:
+        """Whether the directory is on this machine's own file system."""
+        protocol = self.fs.protocol
+        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Files, (self.url,)
+
+    def path(self, name: str) -> str:
+        """`name` as the file system wants it."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def arrow(self) -> pafs.FileSystem:
+        """The same file system for pyarrow."""
+        return pafs.LocalFileSystem() if self.local else pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+
+    def write(self, name: str, data: bytes) -> Written:
+        """Writes `data` whole or not at all."""
+        target = self.path(name)
+        if self.local:
+            folder, base = os.path.split(target)
+            os.makedirs(folder, exist_ok=True)
+            temporary = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:12]}-{base}"
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        else:
+            self.fs.pipe_file(target, data)
+        return Written(name, len(data), hashlib.sha256(data).hexdigest())
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes; FileNotFoundError if there is none."""
+        return bytes(self.fs.cat_file(self.path(name)))
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+        self._forget()
+        return bool(self.fs.exists(self.path(name)))
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Every file below folder `name` with its size in bytes; nothing if there is no such folder."""
+        self._forget()
+        try:
+            found = self.fs.find(self.path(name), detail=True)
+        except FileNotFoundError:
+            return {}
+        cut = len(self.root) + 1
+        return {path[cut:]: int(info["size"]) for path, info in found.items() if info["type"] == "file"}
+
+    def delete(self, name: str) -> None:
+        """Removes the file if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
+
+    def _forget(self) -> None:
+        if not self.local:
+            self.fs.invalidate_cache()

@@ -1,0 +1,88 @@
+"""One run at a time in a run directory: a lock that a dead owner does not keep.
+
+On a local disk the lock is the kernel's (`flock`), which ends with the process. On an object store it is an object that
+the owner refreshes; one that was not refreshed for `STALE` seconds is taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from raylabel.errors import BadInput
+from raylabel.store.files import Files
+
+NAME = "_lock"
+BEAT, STALE = 10.0, 60.0
+
+
+@contextlib.contextmanager
+def locked(files: Files) -> Iterator[None]:
+    """Holds the directory's lock; BadInput if another live process has it."""
+    with _local(files) if files.local else _remote(files):
+        yield
+
+
+@contextlib.contextmanager
+def _local(files: Files) -> Iterator[None]:
+    os.makedirs(files.root, exist_ok=True)
+    with open(files.path(NAME), "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise _busy(files, file.read()) from None
+        file.seek(0)
+        file.truncate()
+        file.write(_owner(""))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _remote(files: Files) -> Iterator[None]:
+    token = uuid.uuid4().hex
+    with contextlib.suppress(FileNotFoundError):
+        text = files.read(NAME).decode()
+        if time.time() - json.loads(text)["beat"] < STALE:
+            raise _busy(files, text)
+    files.write(NAME, _owner(token).encode())
+    # Two that start at once both write; the later write wins and the other one sees a token that is not its own.
+    time.sleep(1.0)
+    text = files.read(NAME).decode()
+    if json.loads(text)["token"] != token:
+        raise _busy(files, text)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(BEAT):
+            files.write(NAME, _owner(token).encode())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        files.delete(NAME)
+
+
+def _owner(token: str) -> str:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beat": time.time(), "token": token})
+
+
+def _busy(files: Files, text: str) -> BadInput:
+    try:
+        owner = json.loads(text)
+        who = f"process {owner['pid']} on {owner['host']}"
+    except (ValueError, KeyError):
+        who = "another process"
+    return BadInput(f"{files.url}: {who} is running here; wait for it, stop it, or give another --out")

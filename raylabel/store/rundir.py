@@ -1,0 +1,291 @@
+"""A run directory: what is planned, what is committed, and readers that see nothing else.
+
+Readers take plan ∩ manifest: a half-written, orphaned or late duplicate file is never seen. `run.json` is written once
+and then only extended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from raylabel.errors import BadInput
+from raylabel.store.files import Files
+from raylabel.store.plan import Plan, Unit
+from raylabel.store.shards import TEMPORARY
+from raylabel.tables import PER_UNIT, SCHEMA_VERSION, TABLES, schema
+
+PARTITIONS = ds.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")
+SUFFIXES = (".parquet", ".arrow")
+PACKAGES = ("raylabel", "torch", "transformers", "transformer_lens", "ray", "pyarrow", "fasttext-numpy2", "numpy")
+
+
+class RunDir:
+    """A run directory at a local path or fsspec URL.
+
+    `controls` gives the same readers for the control units of the run.
+    """
+
+    def __init__(self, url: str, controls: bool = False) -> None:
+        self.files = Files(url)
+        self.in_controls = controls
+        self._info: dict[str, Any] | None = None
+
+    @property
+    def controls(self) -> RunDir:
+        """The control units of this run."""
+        return RunDir(self.files.url, controls=True)
+
+    # run.json
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json; BadInput if there is none, it is not JSON, or it is of a newer major schema version."""
+        if self._info is None:
+            try:
+                self._info = json.loads(self.files.read("run.json"))
+            except FileNotFoundError:
+                raise BadInput(f"{self.files.url}: not a run directory (no run.json)") from None
+            except ValueError:
+                raise BadInput(f"{self.files.url}/run.json: not valid JSON") from None
+            version = str(self._info.get("schema_version", "?"))
+            if not version.split(".")[0].isdigit() or int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
+                raise BadInput(
+                    f"{self.files.url}: written with schema version {version}, this raylabel reads up to "
+                    f"{SCHEMA_VERSION}; upgrade raylabel"
+                )
+        return self._info
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Makes run.json, or adds a changed configuration to the one that is there."""
+        if self.files.exists("run.json"):
+            info = self.info
+        else:
+            info = {"schema_version": SCHEMA_VERSION, "created": time.time(), "resolved": {}, "configs": []}
+        if not info["configs"] or info["configs"][-1]["config"] != config:
+            info["configs"].append({"started": time.time(), "config": config, "versions": versions()})
+            self._write_info(info)
+        self._info = info
+
+    def resolve(self, values: dict[str, Any]) -> None:
+        """Adds resolved values to run.json; the ones already there stay."""
+        resolved = {**values, **self.info["resolved"]}
+        if resolved != self.info["resolved"]:
+            self._write_info({**self.info, "resolved": resolved})
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """`auto` values and facts about the subject, fixed once for the run."""
+        return dict(self.info["resolved"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the latest run, as plain values."""
+        return dict(self.info["configs"][-1]["config"])
+
+    def _write_info(self, info: dict[str, Any]) -> None:
+        self.files.write("run.json", json.dumps(info, indent=1).encode())
+        self._info = info
+
+    # plans and manifests
+
+    def plan(self, stage: str) -> Plan | None:
+        """The plan of a stage, None before it started."""
+        try:
+            return Plan.from_json(self.files.read(f"_plan/{stage}.json"))
+        except FileNotFoundError:
+            return None
+
+    def fix_plan(self, plan: Plan) -> None:
+        """Writes the plan of a stage that starts, unless the same one is there."""
+        data = plan.to_json()
+        name = f"_plan/{plan.stage}.json"
+        if not self.files.exists(name) or self.files.read(name) != data:
+            self.files.write(name, data)
+
+    def manifest(self, stage: str) -> dict[str, dict[str, Any]]:
+        """Manifest entries of a stage by unit id, failed attempts included; unreadable entries do not count."""
+        entries = {}
+        for name in self.files.sizes(f"_manifest/{stage}"):
+            if not name.endswith(".json") or "/.tmp-" in name:
+                continue
+            try:
+                entry = json.loads(self.files.read(name))
+                entries[entry["unit"]] = entry
+            except (ValueError, KeyError, FileNotFoundError):
+                continue
+        return entries
+
+    def committed(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Entries of the plan's units whose files are all there with the recorded size.
+
+        Temporary files count until the last step is committed, after which nobody needs them.
+        """
+        entries = self.manifest(plan.stage)
+        sizes = self._sizes(entries)
+        whole = {
+            unit.id: entries[unit.id]
+            for unit in plan.units
+            if unit.id in entries and not entries[unit.id]["failed"]
+        }
+
+        def there(entry: dict[str, Any], temporaries: bool) -> bool:
+            return all(sizes.get(f["path"]) == f["bytes"] for f in entry["files"] if temporaries or not f.get("temporary"))
+
+        steps = plan.steps()
+        last = {u.id for u in plan.units if steps and u.step == steps[-1]}
+        closed = all(i in whole and there(whole[i], True) for i in last)
+        return {i: e for i, e in whole.items() if there(e, not closed)}
+
+    def _sizes(self, entries: dict[str, dict[str, Any]]) -> dict[str, int]:
+        tops = {f["path"].split("/")[0] for e in entries.values() for f in e["files"]}
+        sizes: dict[str, int] = {}
+        for top in tops:
+            sizes |= self.files.sizes(top)
+        return sizes
+
+    def broken(self, stage: str) -> list[str]:
+        """Files of committed units whose sha256 is not the recorded one, or that are gone."""
+        plan = self.plan(stage)
+        if plan is None:
+            return []
+        wrong = []
+        for entry in self.manifest(stage).values():
+            if entry["unit"] not in {u.id for u in plan.units}:
+                continue
+            for file in entry["files"]:
+                try:
+                    whole = hashlib.sha256(self.files.read(file["path"])).hexdigest() == file["sha256"]
+                except FileNotFoundError:
+                    whole = bool(file.get("temporary"))
+                if not whole:
+                    wrong.append(file["path"])
+        return sorted(wrong)
+
+    def blob(self, stage: str, name: str) -> bytes:
+        """A file that a committed unit of `stage` wrote under `name`; FileNotFoundError if there is none."""
+        plan = self.plan(stage)
+        units = {u.id for u in plan.units} if plan else set()
+        for entry in self.manifest(stage).values():
+            for file in entry["files"]:
+                if file.get("name") == name and entry["unit"] in units and not entry["failed"]:
+                    return self.files.read(file["path"])
+        raise FileNotFoundError(f"{self.files.url}: stage {stage} has no file {name}")
+
+    def temporaries(self, unit: Unit, step: str, name: str | None = None) -> Iterator[tuple[Unit, bytes]]:
+        """(unit, bytes) of the temporary files that a step of the same stage committed (as `name`), in plan order."""
+        plan = self.plan(unit.stage)
+        entries = self.manifest(unit.stage)
+        for earlier in plan.units if plan else []:
+            if earlier.step == step and earlier.id in entries:
+                for file in entries[earlier.id]["files"]:
+                    if file.get("temporary") and name in (None, file["name"]):
+                        yield earlier, self.files.read(file["path"])
+
+    def finish(self, plan: Plan, tables: tuple[str, ...]) -> None:
+        """Deletes superseded, orphaned and temporary files of the stage, then writes `_SUCCESS` of its tables."""
+        entries = self.committed(plan)
+        keep = {f["path"] for e in entries.values() for f in e["files"]}
+        for table in tables:
+            for top in (table, f"controls/{table}"):
+                present = self.files.sizes(top)
+                for name in present:
+                    if name not in keep and not name.endswith("/_SUCCESS"):
+                        self.files.delete(name)
+                if top == table or keep & set(present):
+                    rows = sum(f["rows"] for e in entries.values() for f in e["files"] if f["path"].startswith(f"{top}/"))
+                    mark = {"stage": plan.stage, "plan": plan.digest, "rows": rows}
+                    self.files.write(f"{top}/_SUCCESS", json.dumps(mark).encode())
+        for name in self.files.sizes(f"{TEMPORARY}/{plan.stage}"):
+            self.files.delete(name)
+        units = {u.id for u in plan.units}
+        for unit_id in self.manifest(plan.stage):
+            if unit_id not in units:
+                self.files.delete(f"_manifest/{plan.stage}/{unit_id}.json")
+
+    def forget_plan(self, stage: str, tables: tuple[str, ...]) -> None:
+        """Hides the rows of a stage whose inputs are about to change; its files stay until it is finished again."""
+        self.reopen(tables)
+        self.files.delete(f"_plan/{stage}.json")
+
+    def reopen(self, tables: tuple[str, ...]) -> None:
+        """Takes `_SUCCESS` away from tables that are about to change."""
+        for table in tables:
+            self.files.delete(f"{table}/_SUCCESS")
+            self.files.delete(f"controls/{table}/_SUCCESS")
+
+    def complete(self, table: str) -> bool:
+        """Whether the table is whole."""
+        return self.files.exists(f"{table}/_SUCCESS")
+
+    # readers
+
+    def paths(self, table: str, layer: int | None = None) -> list[str]:
+        """Committed files of a table, sorted."""
+        top = f"controls/{table}" if self.in_controls else table
+        prefix = f"{top}/" if layer is None else f"{top}/layer={layer:02d}/"
+        if self.files.exists(f"{top}/_SUCCESS"):
+            return sorted(n for n in self.files.sizes(prefix.rstrip("/")) if n.endswith(SUFFIXES) and "/.tmp-" not in n)
+        found: set[str] = set()
+        for name in self.files.sizes("_plan"):
+            stage = name.removeprefix("_plan/").removesuffix(".json")
+            plan = self.plan(stage) if name.endswith(".json") and "/.tmp-" not in name else None
+            if plan is None:
+                continue
+            units = {u.id for u in plan.units}
+            for unit_id, entry in self.manifest(stage).items():
+                if unit_id in units:
+                    found |= {f["path"] for f in entry["files"] if f["path"].startswith(prefix)}
+        return sorted(found)
+
+    def dataset(self, table: str, layer: int | None = None) -> ds.Dataset:
+        """A table as a pyarrow dataset, with the column `layer` from its path where it is per unit."""
+        if table not in TABLES:
+            raise BadInput(f"no table {table!r}; tables are {', '.join(TABLES)}")
+        self.info  # noqa: B018  (refuses what this version cannot read)
+        want = schema(table, self.in_controls)
+        if table in PER_UNIT:
+            want = pa.schema([pa.field("layer", pa.int32()), *want], metadata=want.metadata)
+        paths = self.paths(table, layer)
+        if not paths:
+            return ds.dataset(want.empty_table())
+        format = "parquet" if paths[0].endswith(".parquet") else "ipc"
+        return ds.dataset(
+            [self.files.path(p) for p in paths], filesystem=self.files.arrow(), format=format, schema=want,
+            partitioning=PARTITIONS if table in PER_UNIT else None, partition_base_dir=self.files.root,
+        )  # fmt: skip
+
+    def table(
+        self,
+        table: str,
+        layer: int | None = None,
+        neurons: tuple[int, int] | None = None,
+        filter: Any = None,
+        columns: list[str] | None = None,
+    ) -> pa.Table:
+        """A table, or its rows of one layer and of neurons [first, last), sorted by unit."""
+        condition = filter
+        if neurons is not None:
+            inside = (pc.field("neuron") >= neurons[0]) & (pc.field("neuron") < neurons[1])
+            condition = inside if condition is None else condition & inside
+        return self.dataset(table, layer).to_table(columns=columns, filter=condition)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the rows depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
