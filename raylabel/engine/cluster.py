@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -44,7 +45,6 @@ class RayPool:
     def __init__(self, address: str, workers: int | None) -> None:
         common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address == "local":
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
             ray.init(
                 address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
                 _node_ip_address="127.0.0.1", **common,
@@ -57,6 +57,7 @@ class RayPool:
         resources = ray.cluster_resources()
         self.cpus, self.gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         self.workers = workers or self.gpus or max(1, self.cpus)
+        self._idle: dict[bool, list[Any]] = {}
 
     def run(self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done) -> None:
         """Runs (unit, first attempt number) pairs; calls `done` with each manifest entry.
@@ -64,20 +65,30 @@ class RayPool:
         Raises UnitFailed after the last attempt at a unit that cannot be cut.
         """
         if issubclass(step.worker, Chain):
+            self._release()
             units = self._pipeline(step, units, files, format, done)
         if units:
             self._actors(step, units, files, format, done)
 
     def close(self) -> None:
         """Leaves the cluster, and ends it if it is this process's own."""
+        self._release()
         ray.shutdown()
 
+    def _release(self) -> None:
+        """Ends the actors: a pipeline would wait for ever for the CPUs they hold."""
+        for actor in [a for actors in self._idle.values() for a in actors]:
+            ray.kill(actor)
+        self._idle = {}
+
     def _actors(self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done) -> None:
-        size = min(self.workers, len(units))
         on_gpu = step.model and self.gpus > 0
-        options = {"num_cpus": LIGHT if on_gpu else 1, "num_gpus": 1 if on_gpu else 0}
-        new = ray.remote(**options)(_Actor).remote
-        idle = [new(step, files.url, format) for _ in range(size)]
+        new = ray.remote(num_cpus=LIGHT if on_gpu else 1, num_gpus=1 if on_gpu else 0)(_Actor).remote
+        # Actors outlive their step: the imports and the model they hold serve the next one.
+        idle = self._idle.setdefault(on_gpu, [])
+        shared = ray.put((replace(step, keys=[]), files.url, format))
+        missing = min(self.workers, len(units)) - len(idle)
+        idle += [new() for _ in range(missing)]
         queue = deque(units)
         first = {unit.id: attempt for unit, attempt in units}
         running: dict[Any, tuple[Unit, int, Any]] = {}
@@ -85,7 +96,7 @@ class RayPool:
             while queue or running:
                 while queue and idle:
                     (unit, attempt), actor = queue.popleft(), idle.pop()
-                    running[actor.run.remote(unit.to_json(), attempt)] = (unit, attempt, actor)
+                    running[actor.run.remote(shared, unit.to_json(), attempt)] = (unit, attempt, actor)
                 ready, _ = ray.wait(list(running), num_returns=1)
                 unit, attempt, actor = running.pop(ready[0])
                 try:
@@ -93,7 +104,7 @@ class RayPool:
                     idle.append(actor)
                     continue
                 except RayActorError as error:
-                    actor, why = new(step, files.url, format), error
+                    actor, why = new(), error
                 except RayTaskError as error:
                     why = error.cause if isinstance(error.cause, Exception) else error
                     if isinstance(why, BadInput):
@@ -106,8 +117,7 @@ class RayPool:
                 else:
                     raise UnitFailed(reason(why))
         finally:
-            # Actors that stay would hold CPUs the next step waits for.
-            for actor in [*idle, *(a for _, _, a in running.values())]:
+            for _, _, actor in running.values():
                 ray.kill(actor)
 
     def _pipeline(
@@ -129,7 +139,7 @@ class RayPool:
             rows = rows.map_batches(
                 _Link,
                 fn_constructor_kwargs={
-                    "step": step, "index": index, "url": files.url, "format": format, "attempts": attempts,
+                    "step": replace(step, keys=[]), "index": index, "url": files.url, "format": format, "attempts": attempts,
                 },
                 batch_size=1, batch_format="pyarrow", num_cpus=LIGHT,
                 num_gpus=1 if holds_model and self.gpus else None,
@@ -148,12 +158,15 @@ class RayPool:
 
 
 class _Actor:
-    def __init__(self, step: Step, url: str, format: str) -> None:
-        self.step, self.files, self.format = step, Files(url), format
-        self.worker = step.worker(url)
+    def __init__(self) -> None:
+        self.step: Any = None
 
-    def run(self, unit: str, attempt: int) -> str:
-        entry = execute(self.worker, self.step, self.files, Unit.from_json(unit), attempt, self.format)
+    def run(self, shared: Any, unit: str, attempt: int) -> str:
+        step, url, format = shared
+        if self.step != (step.name, step.worker, url):
+            self.worker = step.worker(url)
+            self.step = (step.name, step.worker, url)
+        entry = execute(self.worker, step, Files(url), Unit.from_json(unit), attempt, format)
         return json.dumps(entry)
 
 

@@ -20,11 +20,11 @@ HASHED_WHOLE = 64_000_000
 
 def open_subject(config: RunConfig) -> Any:
     """The loaded subject of a configuration (see raylabel.models.subject); the last one opened is kept."""
-    return _open(config.subject.model_dump_json())
+    return _open(config.subject.model_dump_json(), fingerprint(config))
 
 
 @lru_cache(maxsize=1)
-def _open(text: str) -> Any:
+def _open(text: str, _print: str) -> Any:
     from raylabel.config import SubjectConfig
     from raylabel.models.subject import load_subject
 
