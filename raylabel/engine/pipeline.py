@@ -121,6 +121,7 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
         if not units:
             continue
         if pool is None:
+            say(f"starting {config.run.address}")
             pool = open_pool(config.run.address, None if config.run.workers == "auto" else config.run.workers)
         finished = 0
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
 from raylabel.stages.base import Stage
+from raylabel.stages.identify_stage import IDENTIFY
+from raylabel.stages.results import RESULTS
 from raylabel.stages.scan import SCAN
 from raylabel.stages.tokenize import TOKENIZE
+from raylabel.stages.verify_stage import VERIFY
 from raylabel.store.rundir import RunDir
 
-PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN)
+PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, RESULTS)
 
 
 def prepare(run: RunDir, config: RunConfig) -> None:

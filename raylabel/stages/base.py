@@ -122,5 +122,13 @@ def halve_neurons(key: Key) -> list[Key]:
 
 
 def blame_neurons(key: Key) -> list[dict[str, Any]]:
-    """Failure rows that name the neurons of a key."""
-    return [{"layer": key["layer"], "neuron": n} for n in range(key["first"], key["last"])]
+    """Failure rows that name the neurons of a key, decoys as such."""
+    kind = {"control": "decoy"} if key.get("controls") else {}
+    return [{"layer": key["layer"], "neuron": n, **kind} for n in range(key["first"], key["last"])]
+
+
+def with_decoys(units: dict[int, list[int]], decoys: int, size: int) -> list[Key]:
+    """Keys as of `neuron_ranges` with `controls` false, then those of each layer's decoys with `controls` true."""
+    keys = [{**key, "controls": False} for key in neuron_ranges(units, size)]
+    ranges = neuron_ranges({layer: list(range(decoys)) for layer in units}, size) if decoys else []
+    return keys + [{**key, "controls": True} for key in ranges]

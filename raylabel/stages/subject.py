@@ -76,7 +76,7 @@ def facts(config: RunConfig) -> dict[str, Any]:
         "polarities": list(subject.polarities), "prepend_bos": subject.prepend_bos, "bos_id": subject.bos_id,
         "pad_id": subject.pad_id, "special_ids": sorted(subject.special_ids), "site": subject.site,
         "sites": [subject.hook_name(layer) for layer in range(subject.n_layers)],
-        "dtype": str(subject.dtype).removeprefix("torch."), "device": str(subject.device),
+        "max_context": subject.max_context, "dtype": str(subject.dtype).removeprefix("torch."), "device": str(subject.device),
     }  # fmt: skip
 
 

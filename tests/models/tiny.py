@@ -33,37 +33,43 @@ from transformers.utils import logging
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "a cat sat on a mat"]
 LAYERS, WIDTH, INNER, POSITIONS = 3, 16, 40, 32
 
-_ROPE = dict(
-    hidden_size=WIDTH,
-    intermediate_size=INNER,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=POSITIONS,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+_ROPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _GROUPED = dict(_ROPE, num_key_value_heads=2)
 _GEMMA = dict(_GROUPED, head_dim=4, tie_word_embeddings=True)
-_GPT = dict(
-    n_layer=LAYERS, n_embd=WIDTH, n_head=4, n_inner=INNER, n_positions=POSITIONS, bos_token_id=1, eos_token_id=2
-)
+_GPT = {
+    "n_layer": LAYERS,
+    "n_embd": WIDTH,
+    "n_head": 4,
+    "n_inner": INNER,
+    "n_positions": POSITIONS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt2": (GPT2Config, _GPT),
     "gpt_neo": (
         GPTNeoConfig,
-        dict(
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_layers=LAYERS,
-            num_heads=4,
-            attention_types=[[["global", "local", "global"], 1]],
-            window_size=4,
-            max_position_embeddings=POSITIONS,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
+        {
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER,
+            "num_layers": LAYERS,
+            "num_heads": 4,
+            "attention_types": [[["global", "local", "global"], 1]],
+            "window_size": 4,
+            "max_position_embeddings": POSITIONS,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
     "gptj": (GPTJConfig, dict(_GPT, rotary_dim=4)),
     "gpt_neox": (GPTNeoXConfig, dict(_ROPE, use_parallel_residual=True)),
@@ -92,10 +98,8 @@ def tokenizer(bos: bool = True, special: bool = True) -> PreTrainedTokenizerFast
     trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(TEXT, trainer)
     if bos:
-        bpe.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-        )
-    marks = dict(bos_token="<s>") if special else {}
+        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    marks = {"bos_token": "<s>"} if special else {}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>", **marks)
 
 
@@ -126,9 +130,14 @@ def ids(batch: int = 3, length: int = 12, vocabulary: int = 280, seed: int = 0) 
 
 def _gemma3(vocabulary: int) -> Gemma3Config:
     text = Gemma3TextConfig(vocab_size=vocabulary, **_GEMMA)
-    vision = dict(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7
-    )
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 14,
+        "patch_size": 7,
+    }
     return Gemma3Config(
         text_config=text,
         vision_config=vision,

@@ -1,0 +1,263 @@
+"""The commands, thin: results go to stdout, progress and complaints to stderr.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input, in one line; 3 done, with rows in `failures`; 130 and 143 stopped by
+a signal with everything finished so far committed.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raylabel.config import RunConfig, load_config, unused_keys
+from raylabel.errors import BadInput, RunFailed
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+DEMO = Path(__file__).parent / "demo" / "demo.yaml"
+
+Out = Annotated[str | None, typer.Option("--out", help="Run directory: a path or an fsspec URL.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key.path=value.")]
+Address = Annotated[str | None, typer.Option("--address", help="inline, local, auto or HOST:PORT.")]
+Stages = Annotated[str | None, typer.Option("--stages", help="Stages to run, separated by commas.")]
+Folder = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The configuration.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(arguments, standalone_mode=False)
+        return int(code or 0)
+    except BadInput as error:
+        return _complain(str(error), 2)
+    except RunFailed as error:
+        return _complain(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("stopped; run the same command again to go on", 130)
+    except _Terminated:
+        return _complain("stopped; run the same command again to go on", 143)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        # Typer's own usage errors carry an exit code and a one-line message.
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+            return _complain(error.format_message(), 2)
+        raise
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminated(_signal: int, _frame: Any) -> None:
+    raise _Terminated
+
+
+def _complain(text: str, code: int) -> int:
+    print("raylabel: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.command()
+def demo(out: Out = None, overrides: Set = None, address: Address = None) -> int:
+    """The whole pipeline on the built-in model and corpus; no network, no key, no GPU."""
+    return _run(_configure(str(DEMO), overrides, out, None, address))
+
+
+@app.command()
+def run(config: Config, out: Out = None, overrides: Set = None, stages: Stages = None, address: Address = None) -> int:
+    """Runs a configuration, or goes on where it was stopped."""
+    return _run(_configure(config, overrides, out, stages, address))
+
+
+def _configure(
+    path: str, overrides: list[str] | None, out: str | None, stages: str | None, address: str | None
+) -> RunConfig:
+    given = list(overrides or [])
+    given += [f"run.{key}={json.dumps(value)}" for key, value in
+              (("out", out), ("stages", stages), ("address", address)) if value is not None]  # fmt: skip
+    return load_config(path, given)
+
+
+def _run(config: RunConfig) -> int:
+    from rich.console import Console
+
+    from raylabel.engine.pipeline import run_pipeline
+    from raylabel.report import summary, terminal
+    from raylabel.store.rundir import RunDir
+
+    for line in unused_keys(config):
+        _say(line)
+    started = time.time()
+    report = run_pipeline(config, _say)
+    directory = RunDir(config.run.out)
+    if directory.complete("results"):
+        console = Console()
+        console.print(terminal.units_table(*top_units(directory, 10)))
+        console.print(terminal.shares_table(summary.shares(directory)))
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report.stages.items())
+    print(f"{config.run.out}: done in {time.time() - started:.0f} s ({seconds})")
+    print(f"look closer: raylabel show {config.run.out}")
+    if report.failures:
+        print(f"{report.failures} failures are listed in the table `failures`")
+        return 3
+    return 0
+
+
+def top_units(directory: Any, limit: int, layer: int | None = None, find: str | None = None) -> tuple[Any, Any]:
+    """The most convincing units' rows of `results`, and their top exemplars by (layer, neuron, polarity)."""
+    import pyarrow.compute as pc
+
+    rows = directory.table("results", layer).to_pylist()
+    if find is not None:
+        wanted = find.casefold()
+        rows = [r for r in rows if wanted in " ".join([r["label"] or "", *(r["mats"] or []), *(r["phrases"] or [])]).casefold()]
+
+    def worth(row: dict[str, Any]) -> tuple[Any, ...]:
+        evidence = {"concept": 0, "token": 1, "context": 1}.get(row["evidence"] or "", 2)
+        similarity = row["family_similarity"] if row["family_similarity"] is not None else -1.0
+        return (not row["verified"], row["kind"] != "meaning", evidence, -similarity, row["layer"], row["neuron"], -row["polarity"])
+
+    rows = sorted(rows, key=worth)[:limit]
+    found: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    for at in sorted({row["layer"] for row in rows}):
+        neurons = [row["neuron"] for row in rows if row["layer"] == at]
+        condition = (
+            pc.field("neuron").isin(neurons) & (pc.field("sampling") == "top") & (pc.field("split") == "explain")
+            & (pc.field("rank") < 3)
+        )  # fmt: skip
+        columns = ["layer", "neuron", "polarity", "rank", "tokens", "position"]
+        for row in directory.table("exemplars", at, filter=condition, columns=columns).to_pylist():
+            found.setdefault((row["layer"], row["neuron"], row["polarity"]), []).append(row)
+    return rows, found
+
+
+@app.command()
+def check(config: Config, overrides: Set = None, out: Out = None, as_json: Json = False) -> int:
+    """What would run: units, tokens, memory, time, calls and their cost. Runs nothing."""
+    from raylabel.stages.check import estimate
+
+    settings = _configure(config, overrides, out, None, None)
+    for line in unused_keys(settings):
+        _say(line)
+    found = estimate(settings)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for name, value in found.items():
+            print(f"{name:>24}  {value:,}" if isinstance(value, int | float) else f"{name:>24}  {value}")
+    return 0
+
+
+@app.command()
+def status(
+    folder: Folder,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print again until everything is done.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Per stage: done, pending, failed, rows, seconds, money."""
+    from raylabel.report.status import broken_files, stage_rows
+    from raylabel.store.rundir import RunDir
+
+    while True:
+        directory = RunDir(folder)
+        rows = stage_rows(directory)
+        if as_json:
+            print(json.dumps(rows, indent=1))
+        else:
+            print(f"{'stage':<10}{'done':>6}{'pending':>9}{'failed':>8}{'rows':>12}{'seconds':>9}{'money':>7}  state")
+            for r in rows:
+                print(f"{r['stage']:<10}{r['done']:>6}{r['pending']:>9}{r['failed']:>8}{r['rows']:>12,}"
+                      f"{r['seconds']:>9.1f}{r['money']:>7.2f}  {r['state']}")  # fmt: skip
+        if not watch or all(r["state"] == "done" for r in rows):
+            break
+        time.sleep(2)
+    if verify:
+        wrong = broken_files(directory)
+        for name in wrong:
+            print(f"broken: {name}", file=sys.stderr)
+        if wrong:
+            raise RunFailed(f"{len(wrong)} files are not what was committed; run the same command again to redo them")
+        _say("every file is what was committed")
+    return 0
+
+
+@app.command()
+def show(
+    folder: Folder,
+    layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
+    neuron: Annotated[int | None, typer.Option(help="One unit: its exemplars and what each swap did.")] = None,
+    polarity: Annotated[int, typer.Option(help="Which end of the unit: 1 or -1.")] = 1,
+    find: Annotated[str | None, typer.Option(help="Only units whose label, word or phrase contains this.")] = None,
+    limit: Annotated[int, typer.Option(help="Units shown at most.")] = 20,
+    as_json: Json = False,
+) -> int:
+    """The units of a run, most convincing first, or everything about one."""
+    from rich.console import Console
+
+    from raylabel.api import Run
+    from raylabel.report import summary, terminal
+    from raylabel.store.rundir import RunDir
+
+    directory = RunDir(folder)
+    if neuron is not None:
+        if layer is None:
+            raise BadInput("--neuron: give --layer too")
+        unit = Run(directory).unit(layer, neuron, polarity)
+        print(json.dumps(unit.to_dict())) if as_json else Console().print(terminal.unit_card(unit))
+        return 0
+    if not directory.complete("results"):
+        directory.info  # noqa: B018  (a folder that is no run is the likelier mistake)
+        raise BadInput(f"{folder}: no results yet; run `raylabel run` again to finish it")
+    if layer is not None and layer not in set(directory.table("results", columns=["layer"]).column(0).to_pylist()):
+        raise BadInput(f"--layer {layer}: no such layer in {folder}")
+    rows, exemplars = top_units(directory, limit, layer, find)
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    console = Console()
+    console.print(terminal.units_table(rows, exemplars))
+    console.print(terminal.shares_table(summary.shares(directory)))
+    return 0
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[str, typer.Option("--to", help="csv, jsonl, parquet or arrow.")],
+    out: Annotated[str, typer.Option("--out", help="The file to write.")],
+) -> int:
+    """Writes the results to one file."""
+    from raylabel.report.export import export as write
+    from raylabel.store.rundir import RunDir
+
+    directory = RunDir(folder)
+    if not directory.complete("results"):
+        directory.info  # noqa: B018  (a folder that is no run is the likelier mistake)
+        raise BadInput(f"{folder}: no results yet; run `raylabel run` again to finish it")
+    table = directory.table("results")
+    write(table, to, out)
+    print(f"{out}: {table.num_rows} units")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""How a run came out in a few figures: units beside decoys, each share with its interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylabel.stages.results import interval
+from raylabel.store.rundir import RunDir
+
+MEASURES = {
+    "kind meaning": pc.equal(pc.field("kind"), "meaning"),
+    "kind word": pc.equal(pc.field("kind"), "word"),
+    "evidence concept": pc.equal(pc.field("evidence"), "concept"),
+    "flagged": pc.field("flagged"),
+    "verified": pc.field("verified"),
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """k of n units, with an exact 95 % binomial interval."""
+
+    k: int
+    n: int
+
+    @property
+    def interval(self) -> tuple[float | None, float | None, float | None]:
+        """(share, low, high); nulls where there are no units."""
+        return interval(self.k, self.n)
+
+    def __str__(self) -> str:
+        share, low, high = self.interval
+        if share is None or low is None or high is None:
+            return "none"
+        return f"{share:6.1%} [{low:.1%}, {high:.1%}] of {self.n}"
+
+
+def shares(run: RunDir) -> dict[str, tuple[Share, Share]]:
+    """Measure -> (the model's units, its decoys)."""
+    units, decoys = run.table("results"), run.controls.table("results")
+    return {name: (_share(units, which), _share(decoys, which)) for name, which in MEASURES.items()}
+
+
+def exceeds(units: Share, decoys: Share) -> bool:
+    """Whether the units' share lies above the decoys' beyond both intervals."""
+    low, high = units.interval[1], decoys.interval[2]
+    return low is not None and high is not None and low > high
+
+
+def _share(table: pa.Table, which: pc.Expression) -> Share:
+    return Share(table.filter(which).num_rows, table.num_rows)

@@ -1,0 +1,138 @@
+"""Tables and units on a terminal, with rich. Tokens and labels are foreign text: never markup, control characters shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from raylabel.api import UnitView
+from raylabel.report.summary import Share, exceeds
+from raylabel.stages.results import visible
+
+PHRASES = 3
+SWAPS = 3
+
+
+def clean(text: str) -> str:
+    """Line breaks and tabs as signs, other control characters as escapes: nothing a terminal would act on."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def marked(tokens: list[str], position: int, window: int = 5) -> Text:
+    """The phrase around the MAT, the MAT in bold."""
+    a, b = max(0, position - window), position + window + 1
+    text = Text(clean("".join(tokens[a:position])))
+    text.append(clean(tokens[position]), style="bold reverse")
+    text.append(clean("".join(tokens[position + 1 : b])))
+    return text
+
+
+def coloured(row: dict[str, Any]) -> Text:
+    """An exemplar's tokens, the stronger the activation the deeper the colour."""
+    text = Text()
+    peak = max(row["activation"], 1e-30)
+    for i, (token, value) in enumerate(zip(row["tokens"], row["activations"], strict=True)):
+        depth = min(max((value or 0.0) / peak, 0.0), 1.0)
+        style = f"on rgb({int(255 * depth)},{int(120 * depth)},0)" if depth > 0.05 else ""
+        text.append(clean(token), style=f"bold {style}" if i == row["position"] else style)
+    return text
+
+
+def number(value: Any, form: str = ".2f") -> str:
+    """A number, or a dot for none."""
+    return "·" if value is None else format(value, form)
+
+
+def units_table(rows: list[dict[str, Any]], exemplars: dict[tuple[int, int, int], list[dict[str, Any]]]) -> Table:
+    """One line a unit: what was found and how sure it is, with the strongest phrases."""
+    table = Table(header_style="bold", show_lines=False, pad_edge=False)
+    for name in ("unit", "label (from)", "kind", "evidence", "q", "decoys", "norm.", "phrases"):
+        table.add_column(name, overflow="fold", ratio=6 if name == "phrases" else None)
+    for row in rows:
+        key = (row["layer"], row["neuron"], row["polarity"])
+        phrases = [marked(e["tokens"], e["position"]) for e in exemplars.get(key, [])[:PHRASES]]
+        table.add_row(
+            f"{row['layer']}.{row['neuron']}{'' if row['polarity'] > 0 else ' −'}",
+            Text(f"{clean(row['label'] or '·')} ({row['label_source'] or row['status']})"),
+            row["kind"] or "·", row["evidence"] or "·", number(row["q_value"], ".3f"), number(row["decoy_rate"], ".0%"),
+            number(row["normalised_activation"]), Text("\n").join(phrases),
+        )  # fmt: skip
+    return table
+
+
+def unit_card(unit: UnitView) -> RenderableType:
+    """Everything about one unit: verdict, exemplars coloured by activation, what each swap did."""
+    result, verdict, numbers = unit.result, unit.verification, unit.statistics
+    head = Text(f"layer {unit.layer}, neuron {unit.neuron}, polarity {unit.polarity:+d}", style="bold")
+    head.append(f"   {numbers.get('site', '')}")
+    parts: list[RenderableType] = [head]
+    if result:
+        parts.append(Text(f"label: {clean(result['label'] or '·')}  ({result['label_source'] or result['status']})"))
+        facts = Table.grid(padding=(0, 2))
+        facts.add_row("kind", result["kind"] or "·", "q", number(result["q_value"], ".4f"), "decoys at least as well",
+                      number(result["decoy_rate"], ".1%"))  # fmt: skip
+        facts.add_row("evidence", result["evidence"] or "·", "normalised", number(result["normalised_activation"]),
+                      "verified", str(bool(result["verified"])))  # fmt: skip
+        facts.add_row("family similarity", number(result["family_similarity"]), "phrase similarity",
+                      number(result["phrase_similarity"]), "retention", number(result["retention"]))  # fmt: skip
+        parts.append(facts)
+    if verdict:
+        parts.append(_causal(verdict))
+    if numbers:
+        for name, sign in (("logits_up", "raises"), ("logits_down", "lowers")):
+            words = ", ".join(repr(p["token"]) for p in (numbers[name] or [])[:8])
+            parts.append(Text(f"{sign} {clean(words)}"))
+    for row in unit.top():
+        parts.append(Text.assemble(f"{row['activation']:8.3f}  ", coloured(row)))
+    if unit.variants:
+        parts.append(_swaps(unit))
+    return Group(*parts)
+
+
+def _causal(verdict: dict[str, Any]) -> RenderableType:
+    offsets = verdict["retention_by_offset"] or [None] * 6
+    table = Table(title="what is kept of the activation when a word is replaced by a neighbour", title_justify="left")
+    names = [*(f"{o}" for o in range(-5, 0)), "MAT word", "all", "context"]
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_row(*(number(v) for v in [*offsets, verdict["retention"], verdict["retention_context"]]))
+    low, high = verdict["specificity_low"], verdict["specificity_high"]
+    line = Text(f"neighbours keep more than random words at the MAT word by {number(verdict['specificity'])} ")
+    line.append(f"[{number(low)}, {number(high)}]   reproduced {number(verdict['reproduced'], '.0%')}")
+    if verdict["promoted"]:
+        line.append(f"   promoted: {clean(', '.join(verdict['promoted'][:8]))}")
+    return Group(table, line)
+
+
+def _swaps(unit: UnitView) -> RenderableType:
+    table = Table(title="swaps", title_justify="left")
+    for name in ("word", "offset", "neighbours (share of the activation kept)", "random words"):
+        table.add_column(name, overflow="fold")
+    grouped: dict[tuple[int, str], dict[str, list[tuple[float, str]]]] = {}
+    for v in unit.variants:
+        kept = v["activation"] / v["activation_original"] if v["activation_original"] else 0.0
+        kinds = grouped.setdefault((v["offset"], v["word"]), {"neighbour": [], "random": []})
+        kinds[v["substitute_kind"]].append((kept, v["substitute"]))
+    order = sorted(grouped, key=lambda key: (-key[0], -sum(len(v) for v in grouped[key].values()), key[1]))
+    for offset, word in order[:12]:
+        kinds = grouped[offset, word]
+        cells = [
+            ", ".join(f"{clean(name)} {kept:.2f}" for kept, name in sorted(set(kinds[kind]), reverse=True)[:SWAPS])
+            for kind in ("neighbour", "random")
+        ]
+        table.add_row(Text(clean(visible(word))), str(offset), Text(cells[0]), Text(cells[1]))
+    return table
+
+
+def shares_table(shares: dict[str, tuple[Share, Share]]) -> Table:
+    """Units beside decoys, with intervals."""
+    table = Table(title="units beside decoys (95 % intervals)", title_justify="left")
+    for name in ("", "units", "decoys", "units above decoys"):
+        table.add_column(name)
+    for name, (units, decoys) in shares.items():
+        table.add_row(name, str(units), str(decoys), "yes" if exceeds(units, decoys) else "no")
+    return table

@@ -1,0 +1,335 @@
+"""verify, the last of three steps: what the variants' activations say about each unit. Arrow and NumPy only.
+
+`summarise` takes rows as `measure.measure` gives them and returns the tables `variants` and `verifications`; `close`
+fills in what needs the whole layer; `divide` parts a model's own units from its controls. With an exemplar's
+activation a_o, a variant's a_v and the unit's background b (its median over random exemplars):
+
+    retention   = Σ(a_v − b) / Σ(a_o − b)            over the variants of exemplars that stand out from b
+    drop        = 1 − retention
+    specificity = retention of neighbours − retention of random words, at the MAT word, over substitutes
+                  that do not hold the MAT's own token
+
+A variant that was not measured, or whose exemplar is not reproduced, is in no sum and no count: it is not a zero.
+Intervals are percentiles of a bootstrap over documents, since exemplars of one document are not independent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylabel.config import VerifyConfig
+from raylabel.stages.measure import COARSE, EXACT, LEAST_REPRODUCED, reproduced, unit_of
+from raylabel.stages.verify import KINDS, MOST_WORDS_BACK, NEIGHBOUR, Unit, unit_numbers
+from raylabel.tables import conform, from_rows, schema
+
+STANDS_OUT = 0.05
+"""An exemplar counts if a_o − b is this share of max − b: below, retention divides by next to nothing."""
+LEAST_EXEMPLARS, LEAST_DOCUMENTS = 5, 3
+"""Fewer give no retention, and no interval: with three documents a bootstrap has ten different draws."""
+MATTERS = 0.25
+"""A word matters if replacing it costs a quarter of what the exemplar has above the background: between what the words
+before it cost the median unit of a small trained model (0.14 on the mean over offsets) and what the MAT word does (0.9)."""
+RESAMPLES = 1000
+LOW, HIGH = 2.5, 97.5
+MOST_PROMOTED = 10
+PERCENTILE = 99
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def summarise(
+    rows: pa.Table,
+    random: pa.Table,
+    statistics: pa.Table,
+    *,
+    layer: int,
+    seed: int,
+    coarse: bool = False,
+    rounding: float = 0.0,
+    notes: Mapping[Unit, str] | None = None,
+) -> tuple[pa.Table, pa.Table]:
+    """The tables `variants` and `verifications`, each with a column `control`, sorted by unit.
+
+    `normalised_activation` and `verified` are left to `close`.
+
+    Args:
+        rows: a plan's rows with `activation`, in the plan's order.
+        random: `exemplars` rows; the explain split's random ones give the background, others are ignored.
+        statistics: `statistics` rows; give each unit's maximum, and its mean as background where no random
+            exemplars were recorded.
+        coarse: whether the model ran in half precision.
+        rounding: half a unit of the last digit that the recordings hold.
+        notes: of units that are not reproduced, what would have been (`measure.diagnose`).
+    """
+    rows = rows.combine_chunks()
+    unit = unit_numbers(rows)
+    n = int(unit.max(initial=-1)) + 1
+    first = np.searchsorted(unit, np.arange(n))
+    units = [unit_of(rows, int(i)) for i in first]
+    original = pc.equal(rows["kind"], "original").to_numpy(zero_copy_only=False)
+    good = reproduced(rows, coarse, rounding) if n else np.zeros(0, bool)
+    exemplars = np.bincount(unit[original], minlength=n)
+    share = np.bincount(unit[original], good[original], minlength=n) / np.maximum(exemplars, 1)
+
+    measured = pc.fill_null(rows["activation"].cast(pa.float64()), float("nan")).to_numpy()
+    exemplar = np.cumsum(original) - 1
+    before = measured[original][exemplar] if n else measured
+    used = ~original & good & (share >= LEAST_REPRODUCED)[unit] & np.isfinite(measured)
+    kept = np.nonzero(used)[0]
+
+    background, largest = _background(random, statistics, units), _lookup(statistics, "max", units)
+    noise = (COARSE if coarse else EXACT) * np.abs(largest)
+    kind = pc.index_in(rows["kind"], pa.array(KINDS)).to_numpy()[kept]
+    variants = _Variants(
+        unit=unit[kept],
+        exemplar=exemplar[kept],
+        document=rows["document"].to_numpy()[kept],
+        neighbour=kind == KINDS.index(NEIGHBOUR),
+        offset=pc.fill_null(rows["offset"], 0).to_numpy()[kept].astype(np.int64),
+        keeps=rows["keeps_token"].to_numpy(zero_copy_only=False)[kept].astype(bool),
+        gain=measured[kept] - background[unit[kept]],
+        base=before[kept] - background[unit[kept]],
+    )
+    reach = (largest - background)[variants.unit]
+    counted = (variants.base > 0) & (variants.base >= STANDS_OUT * reach)
+    numbers = _Numbers(variants, counted, n)
+    promoted = _promoted(rows["substitute"], kept, unit, measured, before + noise[unit], n)
+    near = variants.neighbour
+    average = _mean(measured[kept][near], variants.unit[near], n)
+    count = np.bincount(variants.unit, minlength=n)
+
+    lines: list[dict[str, Any]] = []
+    for u, key in enumerate(units):
+        line: dict[str, Any] = {
+            "control": key[0], "neuron": key[1], "polarity": key[2], "n_variants": int(count[u]),
+            "average_activation": _null(average[u]), "background": _null(background[u]), "reproduced": float(share[u]),
+            "promoted": promoted[u],
+        }  # fmt: skip
+        line |= _verdict(numbers, u, draw_seed(seed, layer, key))
+        if share[u] < LEAST_REPRODUCED:
+            failed = round((1 - share[u]) * exemplars[u])
+            line["note"] = f"{failed} of {exemplars[u]} exemplars are not reproduced"
+            if notes and key in notes:
+                line["note"] += f": {notes[key]}"
+        lines.append(line)
+    table = rows.take(pa.array(kept)).append_column("activation_original", pa.array(before[kept]))
+    table = table.rename_columns(["substitute_kind" if name == "kind" else name for name in table.column_names])
+    variants_table = conform(table.select(schema("variants", True).names), "variants", True)
+    return variants_table, from_rows(lines, "verifications", True)
+
+
+class _Variants(NamedTuple):
+    """One entry a variant: its unit, exemplar and document, what it is, a_v − b and a_o − b."""
+
+    unit: np.ndarray
+    exemplar: np.ndarray
+    document: np.ndarray
+    neighbour: np.ndarray
+    offset: np.ndarray
+    keeps: np.ndarray
+    gain: np.ndarray
+    base: np.ndarray
+
+
+class _Sums:
+    """Σ(a_v − b) and Σ(a_o − b) over some variants, by document and by unit; a unit's ratio is its retention."""
+
+    def __init__(self, variants: _Variants, chosen: np.ndarray, n: int) -> None:
+        unit, document = variants.unit[chosen], variants.document[chosen]
+        pairs, at = np.unique(np.stack([unit, document]), axis=1, return_inverse=True)
+        at = at.reshape(-1)
+        self.begin = np.searchsorted(pairs[0], np.arange(n + 1))
+        self.gain = np.bincount(at, variants.gain[chosen], minlength=pairs.shape[1])
+        self.base = np.bincount(at, variants.base[chosen], minlength=pairs.shape[1])
+        exemplars = np.unique(np.stack([unit, variants.exemplar[chosen]]), axis=1)[0]
+        self.exemplars = np.bincount(exemplars, minlength=n)
+        gain, base = (np.bincount(pairs[0], x, minlength=n) for x in (self.gain, self.base))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.any = gain / base
+        self.retention = np.where(self.exemplars >= LEAST_EXEMPLARS, self.any, np.nan)
+
+    def documents(self, unit: int) -> slice:
+        """Where a unit's documents stand in `gain` and `base`."""
+        return slice(int(self.begin[unit]), int(self.begin[unit + 1]))
+
+
+class _Numbers:
+    """Everything that is summed over variants, for all units at once."""
+
+    def __init__(self, variants: _Variants, counted: np.ndarray, n: int) -> None:
+        near, mat = variants.neighbour, variants.offset == 0
+        fresh = counted & mat & ~variants.keeps
+        # Both kinds over the same exemplars, so that only the substitutes differ.
+        both = np.intersect1d(variants.exemplar[fresh & near], variants.exemplar[fresh & ~near])
+        paired = fresh & np.isin(variants.exemplar, both)
+
+        def sums(chosen: np.ndarray) -> _Sums:
+            return _Sums(variants, chosen, n)
+
+        self.all, self.mat, self.context = sums(counted & near), sums(counted & near & mat), sums(counted & near & ~mat)
+        self.by_offset = [sums(counted & near & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 1)]
+        self.fresh = [sums(fresh & near), sums(fresh & ~near)]
+        self.paired = [sums(paired & near), sums(paired & ~near)]
+        self.at_context = [sums(counted & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 0)]
+
+
+def _verdict(numbers: _Numbers, unit: int, seed: int) -> dict[str, Any]:
+    """The retentions, the specificity and the evidence of a unit."""
+    specificity = _specificity(numbers.paired[0], numbers.paired[1], unit, seed)
+    drops = [1 - sums.retention[unit] for sums in numbers.at_context]
+    # A kind of substitute that never frees itself of the token is silent; one kind at least must speak.
+    costs = [1 - sums.retention[unit] for sums in numbers.fresh]
+    costs = [cost for cost in costs if np.isfinite(cost)]
+    matters = bool(costs) and min(costs) >= MATTERS
+    context = [o for o, drop in enumerate(drops) if drop >= MATTERS]
+    evidence = "none"
+    if specificity.low > 0:
+        evidence = "concept"
+    elif matters and not context:
+        evidence = "token"
+    elif any(_drop(numbers.at_context[o], unit, seed).low > 0 for o in context):
+        evidence = "context"
+    return {
+        "retention": _null(numbers.all.retention[unit]),
+        "retention_mat": _null(numbers.mat.retention[unit]),
+        "retention_context": _null(numbers.context.retention[unit]),
+        "retention_by_offset": [_null(sums.any[unit]) for sums in numbers.by_offset],
+        "specificity": _null(specificity.value),
+        "specificity_low": _null(specificity.low),
+        "specificity_high": _null(specificity.high),
+        "evidence": evidence,
+    }
+
+
+def _specificity(near: _Sums, random: _Sums, unit: int, seed: int) -> Interval:
+    at, other = near.documents(unit), random.documents(unit)
+    value = float(near.retention[unit] - random.retention[unit])
+    return bootstrap(value, (near.gain[at], near.base[at]), (random.gain[other], random.base[other]), seed)
+
+
+def _drop(sums: _Sums, unit: int, seed: int) -> Interval:
+    at = sums.documents(unit)
+    ones = np.ones(at.stop - at.start)
+    return bootstrap(1 - float(sums.retention[unit]), (ones, ones), (sums.gain[at], sums.base[at]), seed)
+
+
+def bootstrap(
+    value: float, more: tuple[np.ndarray, np.ndarray], less: tuple[np.ndarray, np.ndarray], seed: int
+) -> Interval:
+    """`value` with the 95 % interval of Σ/Σ of `more` − Σ/Σ of `less`, documents drawn with replacement.
+
+    Args:
+        value: the difference over all documents; NaN gives an empty interval.
+        more, less: numerators and positive denominators by document, the same documents in both.
+    """
+    documents = len(more[0])
+    if not np.isfinite(value) or documents < LEAST_DOCUMENTS:
+        return Interval(np.nan, np.nan, np.nan)
+    draws = np.random.default_rng(seed).integers(documents, size=(RESAMPLES, documents))
+    draws += documents * np.arange(RESAMPLES)[:, None]
+    weights = np.bincount(draws.ravel(), minlength=RESAMPLES * documents).reshape(RESAMPLES, documents)
+    sums = weights @ np.stack([*more, *less], axis=1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], (LOW, HIGH))
+    return Interval(value, float(low), float(high))
+
+
+def draw_seed(seed: int, layer: int, unit: Unit) -> int:
+    """The seed of a unit's bootstrap: the same whatever work unit it is in."""
+    digest = hashlib.sha256(f"{seed}/{layer}/{unit[1]}/{unit[2]}/{unit[0] or ''}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def close(
+    units: pa.Table, controls: pa.Table, top_means: np.ndarray, flagged: Mapping[Unit, bool], config: VerifyConfig
+) -> tuple[pa.Table, pa.Table]:
+    """A layer's `verifications` with `normalised_activation` and `verified`: the model's own units, and its controls.
+
+    Controls are measured against the model's normaliser and take no part in it.
+
+    Args:
+        units, controls: `verifications` without and with a column `control`.
+        top_means: `top_mean` of all of the model's units in the layer, nulls as NaN.
+        flagged: of the candidates.
+    """
+    if config.normaliser == "p99":
+        known = top_means[np.isfinite(top_means)]
+        scale = float(np.percentile(known, PERCENTILE)) if len(known) else np.nan
+    else:
+        scale = pc.max(units["average_activation"]).as_py()
+        scale = np.nan if scale is None else float(scale)
+    return _close(units, scale, flagged, config, False), _close(controls, scale, flagged, config, True)
+
+
+def _close(
+    table: pa.Table, scale: float, flagged: Mapping[Unit, bool], config: VerifyConfig, controls: bool
+) -> pa.Table:
+    average = pc.fill_null(table["average_activation"].cast(pa.float64()), float("nan")).to_numpy()
+    normalised = np.minimum(average / scale, 1.0) if scale > 0 else np.full(len(average), np.nan)
+    names = table["control"].to_pylist() if controls else [None] * table.num_rows
+    keys = zip(names, table["neuron"].to_pylist(), table["polarity"].to_pylist(), strict=True)
+    asked = np.array([bool(flagged.get(key)) for key in keys], dtype=bool)
+    again = table["reproduced"].to_numpy() >= LEAST_REPRODUCED
+    shown = pc.not_equal(table["evidence"], "none").to_numpy(zero_copy_only=False)
+    verified = asked & again & shown & (np.nan_to_num(normalised, nan=-np.inf) >= config.normalised)
+    columns = {name: table[name] for name in table.column_names}
+    columns["normalised_activation"] = pa.array(normalised, mask=np.isnan(normalised))
+    columns["verified"] = pa.array(verified)
+    return conform(pa.table(columns), "verifications", controls)
+
+
+def divide(table: pa.Table, name: str) -> tuple[pa.Table, pa.Table]:
+    """(the model's own rows, the controls' rows) of a table with a column `control`, each as its schema wants it."""
+    own = pc.is_null(table["control"])
+    return conform(table.filter(own).drop_columns("control"), name), conform(table.filter(pc.invert(own)), name, True)
+
+
+def _background(random: pa.Table, statistics: pa.Table, units: list[Unit]) -> np.ndarray:
+    """[units] median of the unit's random explain exemplars, else its mean activation, else NaN."""
+    kept = random.filter(pc.and_(pc.equal(random["sampling"], "random"), pc.equal(random["split"], "explain")))
+    values: dict[Unit, list[float]] = {}
+    for key, value in zip(_keys(kept), kept["activation"].to_pylist(), strict=True):
+        values.setdefault(key, []).append(value)
+    median = np.array([np.median(values[u]) if u in values else np.nan for u in units], dtype=np.float64)
+    return np.where(np.isnan(median), _lookup(statistics, "mean", units), median)
+
+
+def _lookup(table: pa.Table, column: str, units: list[Unit]) -> np.ndarray:
+    values = dict(zip(_keys(table), table[column].to_pylist(), strict=True))
+    return np.array([np.nan if values.get(u) is None else values[u] for u in units], dtype=np.float64)
+
+
+def _keys(table: pa.Table) -> list[Unit]:
+    controls = table["control"].to_pylist() if "control" in table.column_names else [None] * table.num_rows
+    return list(zip(controls, table["neuron"].to_pylist(), table["polarity"].to_pylist(), strict=True))
+
+
+def _mean(values: np.ndarray, unit: np.ndarray, n: int) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return np.bincount(unit, values, minlength=n) / np.bincount(unit, minlength=n)
+
+
+def _promoted(
+    substitutes: pa.ChunkedArray, kept: np.ndarray, unit: np.ndarray, measured: np.ndarray, bar: np.ndarray, n: int
+) -> list[list[str]]:
+    """The substitutes of variants above their `bar` (the original, and what a reproduction may be off), best first."""
+    raised = kept[measured[kept] > bar[kept]]
+    order = raised[np.lexsort((raised, -measured[raised], unit[raised]))]
+    found: list[list[str]] = [[] for _ in range(n)]
+    for u, word in zip(unit[order].tolist(), substitutes.take(pa.array(order)).to_pylist(), strict=True):
+        if len(found[u]) < MOST_PROMOTED and word not in found[u]:
+            found[u].append(word)
+    return found
+
+
+def _null(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

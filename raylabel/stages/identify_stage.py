@@ -1,0 +1,155 @@
+"""The stage identify: `background.npz` fitted once, units measured apart, one closing unit that sees them all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylabel.config import RunConfig
+from raylabel.stages import identify
+from raylabel.stages.arrays import read_table, table_bytes
+from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_decoys
+from raylabel.stages.units import wanted_units
+from raylabel.store.plan import Unit
+from raylabel.store.rundir import RunDir
+from raylabel.store.shards import Blob, Output, Shard
+from raylabel.tables import conform, from_rows, schema
+from raylabel.words.background import Background, fit_background
+from raylabel.words.vectors import Vectors
+
+NEURONS = 256
+"""Neurons of a work unit."""
+TOP = (pc.field("sampling") == "top") & (pc.field("split") == "explain")
+
+
+def open_vectors(run: RunDir, config: RunConfig) -> Vectors:
+    """The run's word vectors: its own `vectors.bin`, or the file that `identify.vectors` names."""
+    return _vectors(run.files.url, config.identify.vectors)
+
+
+@lru_cache(maxsize=1)
+def _vectors(url: str, given: str) -> Vectors:
+    if given != "train":
+        return Vectors(given)
+    files = RunDir(url).files
+    if files.local:
+        return Vectors(files.path("vectors.bin"))
+    # fastText reads from a path only.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vectors.bin"
+        path.write_bytes(files.read("vectors.bin"))
+        return Vectors(str(path))
+
+
+def open_background(run: RunDir, config: RunConfig) -> Background:
+    """What was fitted once a run on the corpus."""
+    return Background.from_bytes(run.files.read("background.npz"), open_vectors(run, config))
+
+
+class BackgroundWorker:
+    """`background.npz`."""
+
+    def __init__(self, url: str) -> None:
+        self.run = RunDir(url)
+        self.config = RunConfig.model_validate(self.run.config)
+
+    def __call__(self, unit: Unit) -> Output:
+        wanted = self.config.identify
+        vectors = open_vectors(self.run, self.config)
+        fitted = fit_background(self._samples(), vectors, wanted.window, wanted.weighting, self.config.run.seed)
+        return Output(blobs=[Blob("background.npz", fitted.to_bytes())])
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        condition = pc.field("split") == "explain"
+        for batch in self.run.dataset("samples").to_batches(columns=["text", "ends"], filter=condition):
+            yield from batch.to_pylist()
+
+
+class MeasureLink:
+    """Rows of `candidates` for a range of neurons, or of decoys, of a layer."""
+
+    def __init__(self, url: str) -> None:
+        self.run = RunDir(url)
+        self.config = RunConfig.model_validate(self.run.config)
+        self.special = self.run.resolved["special_ids"]
+        self.background = open_background(self.run, self.config)
+
+    def __call__(self, unit: Unit, _: dict[str, pa.Table]) -> Output:
+        key = unit.key
+        run = self.run.controls if key["controls"] else self.run
+        exemplars = run.table("exemplars", key["layer"], (key["first"], key["last"]), filter=TOP)
+        found = identify.measure(
+            exemplars, self.background, self.config.identify.window, self.special, self.config.run.seed
+        )
+        numbers = run.table("statistics", key["layer"], (key["first"], key["last"]))
+        whole = _with_silent(found, numbers, key["controls"])
+        whole = whole.append_column("layer", pa.array([key["layer"]] * whole.num_rows, pa.int32()))
+        return Output(blobs=[Blob("controls.arrow" if key["controls"] else "units.arrow", table_bytes(whole), True)])
+
+
+def _with_silent(found: pa.Table, statistics: pa.Table, controls: bool) -> pa.Table:
+    """The rows, and one with status `too_few` for every unit that has no exemplar, sorted by unit."""
+    have = set(zip(found.column("neuron").to_pylist(), found.column("polarity").to_pylist(), strict=True))
+    rows = [
+        {"neuron": n, "polarity": p, "n_exemplars": 0, "n_families": 0, "status": "too_few", "mats": [], "phrases": [],
+         "mat_words": [], "families": [], **({"control": "decoy"} if controls else {})}
+        for n, p in zip(statistics.column("neuron").to_pylist(), statistics.column("polarity").to_pylist(), strict=True)
+        if (n, p) not in have
+    ]  # fmt: skip
+    whole = pa.concat_tables([conform(found, "candidates", controls), from_rows(rows, "candidates", controls)])
+    return whole.sort_by([("neuron", "ascending"), ("polarity", "descending")])
+
+
+class MeasureWorker(Chain):
+    """`MeasureLink` as one Ray Data operator."""
+
+    links = (MeasureLink,)
+
+
+class CloseWorker:
+    """`candidates` with what needs all units: q-values, kinds, decoy rates."""
+
+    def __init__(self, url: str) -> None:
+        self.run = RunDir(url)
+        self.config = RunConfig.model_validate(self.run.config)
+
+    def __call__(self, unit: Unit) -> Output:
+        tables = {}
+        for name, controls in (("units", False), ("controls", True)):
+            empty = schema("candidates", controls).append(pa.field("layer", pa.int32())).empty_table()
+            parts = [read_table(data) for _, data in self.run.temporaries(unit, "measure", f"{name}.arrow")]
+            tables[name] = pa.concat_tables([empty, *parts]).combine_chunks()
+        closed = identify.close(tables["units"], tables["controls"], self.config.identify)
+        shards = []
+        for table, controls in zip(closed, (False, True), strict=True):
+            layers = table.column("layer").to_numpy()
+            for layer in np.unique(layers).tolist():
+                rows = table.filter(pa.array(layers == layer)).drop_columns("layer")
+                rows = rows.sort_by([("neuron", "ascending"), ("polarity", "descending")])
+                shards.append(Shard("candidates", rows, layer, controls))
+        return Output(shards)
+
+
+def _steps(run: RunDir, config: RunConfig) -> list[Step]:
+    if config.identify.vectors != "train":
+        Vectors(config.identify.vectors)
+    units = wanted_units(config, run.resolved)
+    keys = with_decoys(units, config.controls.decoys, NEURONS)
+    return [
+        Step("background", [{}], BackgroundWorker),
+        Step("measure", keys, MeasureWorker, divide=halve_neurons, blame=blame_neurons),
+        Step("close", [{}], CloseWorker),
+    ]
+
+
+IDENTIFY = Stage(
+    name="identify", version=1, needs=("scan", "tokenize", "tokenize.vectors"), tables=("candidates",), steps=_steps,
+    reads=("identify", "run.seed", "run.format"),
+)  # fmt: skip

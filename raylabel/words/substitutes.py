@@ -1,0 +1,147 @@
+"""Words to put in place of another: its nearest FastText neighbours, and random words that are as ordinary as it is.
+
+Candidates are corpus vocabulary words that occur three times or more, one for all casings of a word; near is by the
+cosine of word vectors without their common part. A substitute has the shape class of the word it replaces (letters,
+digits, punctuation, mixed), is written in its casing, and is never the word, another casing or an inflection of it
+(same stem). What a word gets depends on the word, k and the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from raylabel.words.background import Background
+from raylabel.words.families import stem
+
+MIN_COUNT = 3
+BLOCK = 256
+# Enough random words of like length before longer and shorter ones are let in.
+CHOICE = 12
+
+_NONE = np.zeros(0, np.int64)
+_APOSTROPHES = str.maketrans("", "", "'’")
+
+
+def shape(word: str) -> str:
+    """`letters`, `digits`, `punctuation`, `mixed`, or "" for white space."""
+    bare = word.translate(_APOSTROPHES)
+    if bare.isalpha():
+        return "letters"
+    if bare.isdigit():
+        return "digits"
+    if not word.strip():
+        return ""
+    return "mixed" if any(c.isalnum() for c in word) else "punctuation"
+
+
+def recase(word: str, like: str) -> str:
+    """`word` in the casing of `like` where that is lower, Title or UPPER; else as it is. One capital is Title."""
+    if like.islower():
+        return word.lower()
+    if like[:1].isupper() and (len(like) == 1 or like[1:].islower()):
+        return word[:1].upper() + word[1:].lower()
+    return word.upper() if like.isupper() else word
+
+
+class Substitutes:
+    """Neighbours and random words for the words of one run; answers are kept."""
+
+    def __init__(self, background: Background, seed: int) -> None:
+        self._background, self._seed = background, seed
+        seen: dict[str, int] = {}
+        for rank, word in enumerate(background.vocabulary):
+            if background.counts[rank] >= MIN_COUNT:
+                seen.setdefault(word.casefold(), rank)
+        ranks = np.array(list(seen.values()), np.int64)
+        ranks = ranks[background.matrix[ranks].any(axis=1)]
+        self._vectors = background.matrix[ranks]
+        self._words = [background.vocabulary[rank] for rank in ranks.tolist()]
+        self._numbers: dict[str, int] = {}
+        self._stems = np.array([self._numbers.setdefault(stem(w), len(self._numbers)) for w in self._words], np.int64)
+        self._bands = background.band(self._words)
+        self._lengths = np.array([len(word) for word in self._words], np.int64)
+        shapes = np.array([shape(word) for word in self._words], object)
+        self._members = {name: np.flatnonzero(shapes == name) for name in set(shapes.tolist())}
+        bands = range(background.bands)
+        self._groups = {(name, b): m[self._bands[m] == b] for name, m in self._members.items() for b in bands}
+        self._near: dict[tuple[str, int], list[int]] = {}
+        self._drawn: dict[tuple[str, int], list[str]] = {}
+
+    def neighbours(self, words: Sequence[str], k: int) -> list[list[str]]:
+        """At most `k` substitutes for each word, the nearest first."""
+        self._search(words, k)
+        return [self._written(word, self._near[word, k], k) for word in words]
+
+    def random(self, words: Sequence[str], k: int) -> list[list[str]]:
+        """At most `k` random words for each word, of its frequency band and about its length, none a neighbour."""
+        self._search(words, k)
+        for word in dict.fromkeys(words):
+            if (word, k) not in self._drawn:
+                self._drawn[word, k] = self._draw(word, k)
+        return [self._drawn[word, k] for word in words]
+
+    def _search(self, words: Sequence[str], k: int) -> None:
+        asked = [word for word in dict.fromkeys(words) if (word, k) not in self._near]
+        by_shape: dict[str, list[str]] = {}
+        for word in asked:
+            by_shape.setdefault(shape(word), []).append(word)
+        for name, group in by_shape.items():
+            members = self._members.get(name, _NONE)
+            for low in range(0, len(group), BLOCK):
+                block = group[low : low + BLOCK]
+                self._near.update(zip([(word, k) for word in block], self._nearest(block, members, k), strict=True))
+
+    def _nearest(self, words: list[str], members: np.ndarray, k: int) -> list[list[int]]:
+        queries = self._background.words(words)
+        some = min(len(members), 4 * k + 28)
+        if not some:
+            return [[] for _ in words]
+        matrix = self._vectors[members]
+        # The product only makes the shortlist; the order is by cosines that do not depend on the rest of the block.
+        short = np.argpartition(-(queries @ matrix.T), some - 1, axis=1)[:, :some]
+        exact = np.einsum("qd,qsd->qs", queries, matrix[short])
+        order = np.lexsort((members[short], -exact), axis=1)
+        ranked = members[np.take_along_axis(short, order, axis=1)]
+        found: list[list[int]] = []
+        for word, query, row in zip(words, queries, ranked, strict=True):
+            if not query.any():
+                found.append([])
+                continue
+            kept = self._others(word, row)
+            if len(kept) < k and some < len(members):
+                cosines = np.einsum("d,nd->n", query, matrix)
+                kept = self._others(word, members[np.lexsort((members, -cosines))])
+            found.append(kept[:k].tolist())
+        return found
+
+    def _others(self, word: str, candidates: np.ndarray) -> np.ndarray:
+        """`candidates` without the word itself, its casings and its inflections, which all have its stem."""
+        return candidates[self._stems[candidates] != self._numbers.get(stem(word), -1)]
+
+    def _draw(self, word: str, k: int) -> list[str]:
+        if not self._background.words([word]).any():
+            return []
+        band, name = int(self._background.band([word])[0]), shape(word)
+        pool = self._free(word, self._groups.get((name, band), _NONE), k)
+        if len(pool) < k:
+            pool = self._free(word, self._members.get(name, _NONE), k)
+            pool = _closest(pool, np.abs(self._bands[pool] - band), k)
+        pool = _closest(pool, np.maximum(np.abs(self._lengths[pool] - len(word)), 1), CHOICE * k)
+        digest = hashlib.blake2b(f"{self._seed}\0{word}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(len(pool))
+        return self._written(word, pool[order].tolist(), k)
+
+    def _free(self, word: str, candidates: np.ndarray, k: int) -> np.ndarray:
+        near = np.array(self._near[word, k], np.int64)
+        return self._others(word, candidates[(candidates[:, None] != near).all(axis=1)])
+
+    def _written(self, word: str, candidates: list[int], k: int) -> list[str]:
+        return list(dict.fromkeys(recase(self._words[i], word) for i in candidates))[:k]
+
+
+def _closest(pool: np.ndarray, distance: np.ndarray, least: int) -> np.ndarray:
+    """The members of `pool` up to the distance within which there are `least` of them, or all."""
+    return pool[distance <= np.sort(distance)[least - 1]] if len(pool) > least else pool

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from raylabel.words.background import Background, fit_background
+from raylabel.words.families import stem
+from raylabel.words.substitutes import Substitutes, recase, shape
+from tests.words.planted import LISTS, PlantedVectors, background, sample, samples
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Background:
+    extra = "Dog DOG dogs Dogs Red RED reds 1 2 30 400 ! ? ( ) ... x2 Cat don't can't once " * 5
+    return fit_background([*samples(), sample(extra + "seldom")], PlantedVectors(), 5, "sif", 0)
+
+
+@pytest.fixture(scope="module")
+def substitutes(fitted: Background) -> Substitutes:
+    return Substitutes(fitted, 0)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("Dog", "letters"), ("don't", "letters"), ("12", "digits"), ("...", "punctuation"), ("'", "punctuation"),
+     ("x2", "mixed"), (" \n", ""), ("", "")],
+)  # fmt: skip
+def test_shape(word: str, name: str) -> None:
+    assert shape(word) == name
+
+
+@pytest.mark.parametrize(
+    ("word", "like", "written"),
+    [("Dog", "cat", "dog"), ("dog", "Cat", "Dog"), ("dog", "CAT", "DOG"), ("we", "I", "We"), ("getWord", "aName", "getWord"),
+     ("12", "7", "12"), ("can't", "Don't", "Can't")],
+)  # fmt: skip
+def test_recase(word: str, like: str, written: str) -> None:
+    assert recase(word, like) == written
+
+
+def test_neighbours_are_of_the_same_meaning(substitutes: Substitutes) -> None:
+    for words in LISTS.values():
+        for near in substitutes.neighbours(words, 3):
+            assert len(set(near) & set(words)) >= 2
+
+
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_a_substitute_is_never_the_word_its_casing_or_its_inflection(substitutes: Substitutes, k: int) -> None:
+    asked = ["dog", "Dog", "DOG", "dogs", "red", "unheardof", "don't"]
+    for given in (substitutes.neighbours(asked, k), substitutes.random(asked, k)):
+        for word, found in zip(asked, given, strict=True):
+            assert len(found) == len(set(found)) == k
+            assert stem(word) not in {stem(other) for other in found}
+            assert {recase(other, word) for other in found} == set(found), "written as the word is"
+
+
+def test_neighbours_are_the_nearest(substitutes: Substitutes, fitted: Background) -> None:
+    words = [w for w, n in zip(fitted.vocabulary, fitted.counts, strict=True) if n >= 3 and w == w.casefold()]
+    words = [w for w in words if shape(w) == "letters" and stem(w) != stem("hammer")]
+    cosines = fitted.words(words) @ fitted.words(["hammer"])[0]
+    nearest = [words[i] for i in np.argsort(-cosines)[:6]]
+    assert substitutes.neighbours(["hammer"], 6) == [nearest]
+
+
+def test_shapes_do_not_mix_and_white_space_has_none(substitutes: Substitutes) -> None:
+    for find in (substitutes.neighbours, substitutes.random):
+        digits, marks, mixed, space, empty = find(["1", "!", "x2", " \n", ""], 3)
+        assert {shape(w) for w in digits} <= {"digits"} and {shape(w) for w in marks} <= {"punctuation"}
+        assert mixed == [] and space == [] and empty == []
+    assert substitutes.neighbours(["1", "!"], 3)[0] and substitutes.neighbours(["1", "!"], 3)[1]
+
+
+def test_random_words_match_in_band_and_length_and_are_no_neighbours(fitted: Background) -> None:
+    words = [w for w in fitted.vocabulary if shape(w) == "letters"][:200]
+    substitutes = Substitutes(fitted, 0)
+    near, drawn = substitutes.neighbours(words, 5), substitutes.random(words, 5)
+    for a, b in zip(near, drawn, strict=True):
+        assert len(b) == 5 and not set(a) & set(b)
+    lower = [(w, found) for w, found in zip(words, drawn, strict=True) if w.islower()]
+    same = [fitted.band([w])[0] == fitted.band(found) for w, found in lower]
+    assert np.mean(same) > 0.95
+    apart = [abs(len(w) - len(other)) for w, found in lower for other in found]
+    assert np.mean(apart) < 1.5
+    assert len({w for found in drawn for w in found}) > 100, "not the same few"
+
+
+def test_a_word_gets_the_same_whatever_is_asked_with_it(fitted: Background) -> None:
+    words = fitted.vocabulary[:150]
+    together = Substitutes(fitted, 0)
+    apart = Substitutes(fitted, 0)
+    for find in ("neighbours", "random"):
+        many = getattr(together, find)(words, 4)
+        assert many == [getattr(apart, find)([word], 4)[0] for word in words]
+        assert many == getattr(together, find)(words, 4)
+    assert Substitutes(fitted, 1).random(words, 4) != together.random(words, 4)
+
+
+def test_rare_words_are_no_substitutes_but_have_some(substitutes: Substitutes, fitted: Background) -> None:
+    assert fitted.counts[fitted.index["seldom"]] == 1
+    assert len(substitutes.neighbours(["seldom"], 4)[0]) == 4
+    every = substitutes.neighbours(fitted.vocabulary, 5)
+    assert "seldom" not in {word for found in every for word in found}
+
+
+def test_a_tiny_vocabulary() -> None:
+    tiny = Substitutes(background(n=1, size=6), 0)
+    assert tiny.neighbours(["dog"], 5) == [[]] and tiny.random(["dog"], 5) == [[]]
