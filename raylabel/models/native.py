@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,7 @@ FIELDS = (
     *("attn_scores_soft_cap", "output_logits_soft_cap", "normalization_type", "final_rms", "eps"),
     *("positional_embedding_type", "rotary_dim", "rotary_base", "rope_scaling", "default_prepend_bos"),
 )
-# A bridge puts every module behind a wrapper and shows it under both names.
+# A bridge puts every module behind a wrapper, and shows some of them a second time under names of its own.
 _WRAPPER = "._original_component"
 
 
@@ -53,7 +53,7 @@ def save_native(
     """Writes the folder; each file is replaced as a whole, the weights last."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    module = model.original_model if isinstance(model, TransformerBridge) else model
+    module = cast(NativeModel, model.original_model if isinstance(model, TransformerBridge) else model)
     config = {"architecture": ARCHITECTURE, **{key: getattr(model.cfg, key, None) for key in FIELDS}}
     config = {key: value for key, value in config.items() if value is not None}
     _replace(target / CONFIG, (json.dumps(config, indent=2) + "\n").encode("utf-8"))
@@ -92,16 +92,12 @@ def load_native(
     return bridge.eval()
 
 
-def plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def plain_state(module: NativeModel) -> dict[str, torch.Tensor]:
     """The parameters by their names in an unwrapped `NativeModel`, whether or not a bridge has wrapped it."""
-    state = module.state_dict()
-    if not any(_WRAPPER in name for name in state):
-        return dict(state)
-    unwrapped: dict[str, torch.Tensor] = {}
-    for name, value in state.items():
-        if _WRAPPER in name:
-            unwrapped.setdefault(name.replace(_WRAPPER, ""), value)
-    return unwrapped
+    with torch.device("meta"):
+        names = NativeModel(module.cfg).state_dict().keys()
+    unwrapped = {name.replace(_WRAPPER, ""): value for name, value in module.state_dict().items()}
+    return {name: unwrapped[name] for name in names}
 
 
 def _read_config(folder: Path) -> TransformerBridgeConfig:

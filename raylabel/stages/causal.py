@@ -2,7 +2,8 @@
 
 `summarise` takes rows as `measure.measure` gives them and returns the tables `variants` and `verifications`; `close`
 fills in what needs the whole layer; `divide` parts a model's own units from its controls. With an exemplar's
-activation a_o, a variant's a_v and the unit's background b (its median over random exemplars):
+activation a_o, a variant's a_v (both maxima over a phrase) and the unit's background b (the median of such maxima over
+the phrases in random exemplars):
 
     retention   = Σ(a_v − b) / Σ(a_o − b)            over the variants of exemplars that stand out from b
     drop        = 1 − retention
@@ -29,12 +30,16 @@ from raylabel.stages.verify import KINDS, MOST_WORDS_BACK, NEIGHBOUR, Unit, unit
 from raylabel.tables import conform, from_rows, schema
 
 STANDS_OUT = 0.05
-"""An exemplar counts if a_o − b is this share of max − b: below, retention divides by next to nothing."""
+"""An exemplar counts if a_o − b is this share of max − b, and a unit if max − b is this share of max: below, retention
+divides by next to nothing."""
 LEAST_EXEMPLARS, LEAST_DOCUMENTS = 5, 3
 """Fewer give no retention, and no interval: with three documents a bootstrap has ten different draws."""
 MATTERS = 0.25
 """A word matters if replacing it costs a quarter of what the exemplar has above the background: between what the words
 before it cost the median unit of a small trained model (0.14 on the mean over offsets) and what the MAT word does (0.9)."""
+SPECIFIC = 0.05
+"""Neighbours must retain this much more than random words: a unit with one MAT word has the same few neighbours in every
+exemplar, and what they share by accident looks certain to a bootstrap over documents."""
 RESAMPLES = 1000
 LOW, HIGH = 2.5, 97.5
 MOST_PROMOTED = 10
@@ -54,6 +59,7 @@ def summarise(
     *,
     layer: int,
     seed: int,
+    window: int = 5,
     coarse: bool = False,
     rounding: float = 0.0,
     notes: Mapping[Unit, str] | None = None,
@@ -67,6 +73,7 @@ def summarise(
         random: `exemplars` rows; the explain split's random ones give the background, others are ignored.
         statistics: `statistics` rows; give each unit's maximum, and its mean as background where no random
             exemplars were recorded.
+        window: tokens of a phrase on each side of its MAT.
         coarse: whether the model ran in half precision.
         rounding: half a unit of the last digit that the recordings hold.
         notes: of units that are not reproduced, what would have been (`measure.diagnose`).
@@ -87,7 +94,7 @@ def summarise(
     used = ~original & good & (share >= LEAST_REPRODUCED)[unit] & np.isfinite(measured)
     kept = np.nonzero(used)[0]
 
-    background, largest = _background(random, statistics, units), _lookup(statistics, "max", units)
+    background, largest = _background(random, statistics, units, 2 * window + 1), _lookup(statistics, "max", units)
     noise = (COARSE if coarse else EXACT) * np.abs(largest)
     kind = pc.index_in(rows["kind"], pa.array(KINDS)).to_numpy()[kept]
     variants = _Variants(
@@ -100,8 +107,9 @@ def summarise(
         gain=measured[kept] - background[unit[kept]],
         base=before[kept] - background[unit[kept]],
     )
-    reach = (largest - background)[variants.unit]
-    counted = (variants.base > 0) & (variants.base >= STANDS_OUT * reach)
+    reach = largest - background
+    reach[reach < STANDS_OUT * np.abs(largest)] = np.nan
+    counted = (variants.base > 0) & (variants.base >= STANDS_OUT * reach[variants.unit])
     numbers = _Numbers(variants, counted, n)
     promoted = _promoted(rows["substitute"], kept, unit, measured, before + noise[unit], n)
     near = variants.neighbour
@@ -193,7 +201,7 @@ def _verdict(numbers: _Numbers, unit: int, seed: int) -> dict[str, Any]:
     matters = bool(costs) and min(costs) >= MATTERS
     context = [o for o, drop in enumerate(drops) if drop >= MATTERS]
     evidence = "none"
-    if specificity.low > 0:
+    if specificity.low > 0 and specificity.value >= SPECIFIC:
         evidence = "concept"
     elif matters and not context:
         evidence = "token"
@@ -293,14 +301,32 @@ def divide(table: pa.Table, name: str) -> tuple[pa.Table, pa.Table]:
     return conform(table.filter(own).drop_columns("control"), name), conform(table.filter(pc.invert(own)), name, True)
 
 
-def _background(random: pa.Table, statistics: pa.Table, units: list[Unit]) -> np.ndarray:
-    """[units] median of the unit's random explain exemplars, else its mean activation, else NaN."""
+def _background(random: pa.Table, statistics: pa.Table, units: list[Unit], length: int) -> np.ndarray:
+    """[units] median of the maxima of all phrases of `length` tokens in a unit's random explain exemplars.
+
+    A whole sample's maximum would be no background: beside a frequent word's unit nothing would stand out from it.
+    Exemplars that hold no activations but their own count with that; a unit without exemplars has its mean.
+    """
     kept = random.filter(pc.and_(pc.equal(random["sampling"], "random"), pc.equal(random["split"], "explain")))
-    values: dict[Unit, list[float]] = {}
-    for key, value in zip(_keys(kept), kept["activation"].to_pylist(), strict=True):
-        values.setdefault(key, []).append(value)
-    median = np.array([np.median(values[u]) if u in values else np.nan for u in units], dtype=np.float64)
+    single = kept["activation"].cast(pa.float64()).to_pylist()
+    values: dict[Unit, list[np.ndarray]] = {}
+    for key, own, series in zip(_keys(kept), single, phrase_maxima(kept["activations"], length), strict=True):
+        values.setdefault(key, []).append(series if len(series) else np.array([own]))
+    median = np.array([np.nanmedian(np.concatenate(values[u])) if u in values else np.nan for u in units], dtype=np.float64)
     return np.where(np.isnan(median), _lookup(statistics, "mean", units), median)
+
+
+def phrase_maxima(series: pa.ChunkedArray, length: int) -> list[np.ndarray]:
+    """The maximum of every stretch of `length` values in each list; of the whole list where it is shorter."""
+    sizes = pc.fill_null(pc.list_value_length(series), 0).to_numpy().astype(np.int64)
+    flat = pc.list_flatten(series).to_numpy().astype(np.float64)
+    ends = np.cumsum(sizes)
+    left = np.repeat(ends, sizes) - np.arange(len(flat))
+    best = flat.copy()
+    for step in range(1, min(length, int(sizes.max(initial=0)))):
+        ahead = np.append(flat[step:], np.full(step, np.nan))
+        best = np.fmax(best, np.where(left > step, ahead, np.nan))
+    return [best[end - size : end - size + max(size - length + 1, min(size, 1))] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _lookup(table: pa.Table, column: str, units: list[Unit]) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -155,8 +156,8 @@ def _read(exemplars: pa.Table, keys: list[str], window: int, special_ids: Collec
         mat_ids.append(int(ids[first + position]))
         words.append(text[low:high])
         phrases.append(phrase(kept, position, window).text)
-    spans = zip(starts, [*starts[1:], n], strict=True)
-    found = [families(mat_ids[low:high], words[low:high]) for low, high in spans]
+    bounds = [*starts.tolist(), n]
+    found = [families(mat_ids[low:high], words[low:high]) for low, high in pairwise(bounds)]
     return _Rows(table, np.cumsum(new) - 1, starts, mats, words, phrases, found)
 
 

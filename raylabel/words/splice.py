@@ -3,8 +3,8 @@
 A sample is its text, its token ids and the character at which each token ends; nothing but the ids around the edit is
 encoded again. Only exact results are given: wherever a sample's text encodes to its own ids, the spliced ids equal a
 full encoding of the edited text, and everywhere else they are what the same tokenizer makes of the edited text in the
-document that the sample was cut from (up to the sample's end). An edit that cannot be made exactly gives None, never
-a guess.
+document that the sample was cut from (at the sample's very first or last token: as if the document began or ended
+there). An edit that cannot be made exactly gives None, never a guess.
 
 Why a stretch of the text is enough: a sequence of byte-pair tokens is the encoding of its text exactly when each pair
 of neighbours in it is the encoding of the pair's text (merges look no further). So a stretch that holds the edit is

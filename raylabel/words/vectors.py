@@ -58,7 +58,7 @@ def train_vectors(
 ) -> None:
     """Trains on `texts`, one document each, and writes the model to `path`; nothing is left behind on failure.
 
-    `epochs` None gives small texts more: 15 up to 1.2 MB, 12 at 1.5 MB, 5 from 3.6 MB on. One core, about
+    `epochs` None gives small texts more: 15 up to 1 MB, 10 at 1.5 MB, 5 from 3 MB on. One core, about
     0.6 s a MB and epoch. The file has (vocabulary x 2 + bucket) x dim x 4 bytes.
     """
     target = Path(path)
@@ -72,7 +72,7 @@ def train_vectors(
             raise BadInput("identify.vectors: no words in the explain documents to train on; give a fastText .bin file")
         settings: dict[str, Any] = {
             "dim": dim, "bucket": bucket, "minn": 3, "maxn": 5, "ws": 3, "neg": 3,
-            "epoch": epochs or min(max(round(18e6 / max(size, 1)), 5), 15),
+            "epoch": epochs or min(max(round(15e6 / max(size, 1)), 5), 15),
             "minCount": 1 if size < SMALL else 2 if size < LARGE else 5,
             "t": 1e-3 if size < LARGE else 1e-4,
         }  # fmt: skip

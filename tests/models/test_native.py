@@ -42,11 +42,15 @@ def job() -> Iterator[ModuleType]:
     del sys.modules[spec.name]
 
 
-def held_out_ids(bridge: TransformerBridge, count: int) -> torch.Tensor:
-    """[count, 128]: BOS and the first 127 tokens of held-out documents."""
+@pytest.fixture(scope="module")
+def held_out(bridge: TransformerBridge) -> torch.Tensor:
+    """[48, 128]: BOS and the first 127 tokens of held-out documents."""
     texts = [text for _, text in stdlib.documents() if stdlib.split(text) == "held-out" and len(text) > 1_000]
-    encoded = [bridge.tokenizer(text)["input_ids"][:128] for text in texts[: 2 * count]]
-    return torch.tensor([ids for ids in encoded if len(ids) == 128][:count])
+    encoded = [bridge.tokenizer(text)["input_ids"][:128] for text in texts[:96]]
+    full = [ids for ids in encoded if len(ids) == 128][:48]
+    if len(full) < 48:
+        pytest.skip("too little source text in this Python installation")
+    return torch.tensor(full)
 
 
 def test_is_native(tmp_path: Path) -> None:
@@ -136,11 +140,8 @@ def test_tokenizer(bridge: TransformerBridge) -> None:
 
 
 @torch.no_grad()
-def test_held_out_loss_is_far_below_the_trigram(bridge: TransformerBridge) -> None:
-    ids = held_out_ids(bridge, 48)
-    if len(ids) < 48:
-        pytest.skip("too little source text in this Python installation")
-    loss = F.cross_entropy(bridge(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
+def test_held_out_loss_is_far_below_the_trigram(bridge: TransformerBridge, held_out: torch.Tensor) -> None:
+    loss = F.cross_entropy(bridge(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten()).item()
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     trigram = re.search(r"^\| trigram \| ([\d.]+) nats", card, re.MULTILINE)
     assert trigram is not None
@@ -148,10 +149,12 @@ def test_held_out_loss_is_far_below_the_trigram(bridge: TransformerBridge) -> No
 
 
 @torch.no_grad()
-def test_the_trained_module_is_the_loaded_one(bridge: TransformerBridge, job: ModuleType) -> None:
+def test_the_trained_module_is_the_loaded_one(
+    bridge: TransformerBridge, job: ModuleType, held_out: torch.Tensor
+) -> None:
     model = native.NativeModel(bridge.cfg)
     model.load_state_dict(native.plain_state(bridge.original_model))
-    ids = held_out_ids(bridge, 4)
+    ids = held_out[:4]
     assert torch.allclose(model.head(job.trunk(model, ids)), bridge(ids), atol=1e-4)
 
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from raylabel.config import IdentifyConfig, build_config
 from raylabel.stages.identify import close, measure, q_values
@@ -19,7 +20,7 @@ from raylabel.words.background import Background, fit_background
 from raylabel.words.families import stem
 from raylabel.words.vectors import Vectors, train_vectors
 from tests.shared import STORIES
-from tests.words.planted import FILLERS, LISTS, WORDS, background, sample
+from tests.words.planted import FILLERS, LISTS, WORDS, background, draw, sample, samples
 
 BOS = 0
 NUMBER = {word: i + 1 for i, word in enumerate([*WORDS, *(w + "s" for w in WORDS), ".", " "])}
@@ -32,7 +33,7 @@ def fitted() -> Background:
 
 def exemplar(mat: str, rank: int, rng: np.random.Generator, before: int = 12, after: int = 8) -> dict[str, Any]:
     """A window of random words with `mat` in it, one token a word, behind a BOS."""
-    around = [FILLERS[i] for i in rng.integers(len(FILLERS), size=before + after)]
+    around = draw(rng, before + after)
     words = [*around[:before], mat, *around[before:]]
     tokens = ["<bos>", *(word if word.isspace() else f" {word}" for word in words)]
     ids = [BOS, *(NUMBER.get(word, len(NUMBER) + 1) for word in words)]
@@ -52,7 +53,7 @@ def table(units: list[list[str]], seed: int = 0, **columns: Any) -> pa.Table:
 
 def random_units(n: int, size: int = 20, seed: int = 0) -> list[list[str]]:
     rng = np.random.default_rng(seed)
-    return [[WORDS[i] for i in rng.integers(len(WORDS), size=size)] for _ in range(n)]
+    return [draw(rng, size) for _ in range(n)]
 
 
 def pairs(vectors: list[np.ndarray]) -> float | None:
@@ -77,14 +78,14 @@ def test_every_similarity_against_a_loop_over_pairs(fitted: Background) -> None:
         words = list(fitted.words(row["mat_words"]))
         first = {f: i for i, f in reversed(list(enumerate(row["families"])))}
         family = [words[i] for i in first.values() if words[i].any()]
-        knn = [np.mean(sorted((a @ b for j, b in enumerate(family) if j != i), reverse=True)[:4]) for i, a in enumerate(family)]
+        nearest = [sorted([a @ b for j, b in enumerate(family) if j != i])[-4:] for i, a in enumerate(family)]
         sizes = sorted((row["families"].count(f) for f in first), reverse=True)
-        expected = {
+        expected: dict[str, Any] = {
             "n_families": len(first),
             "token_similarity": pairs(words),
             "family_similarity": pairs(family) if len(family) >= 4 else None,
             "phrase_similarity": pairs(list(fitted.phrases(row["phrases"]))),
-            "knn_similarity": np.mean(knn) if len(family) >= 5 else None,
+            "knn_similarity": np.mean(nearest) if len(family) > 4 else None,
             "top_families": sum(sizes[:3]) / len(mats),
         }
         for name, value in expected.items():
@@ -189,8 +190,20 @@ def test_repeats_of_a_word_are_no_evidence(fitted: Background) -> None:
 
 
 def test_p_values_of_random_units_are_not_too_small(fitted: Background) -> None:
-    p = np.array(list(measure(table(random_units(400)), fitted, 5, [BOS], 0)["p_value"].to_pylist()))
-    assert (p <= 0.05).mean() < 0.08 and (p <= 0.01).mean() < 0.03
+    """Units that fire anywhere in new text of the same kind; over seeds, since units of a run share their draws."""
+    rng, text = np.random.default_rng(7), samples(seed=8)
+    found = []
+    for seed in range(8):
+        rows = []
+        for unit, rank in np.ndindex(60, 20):
+            row = text[rng.integers(len(text))]
+            ids = [NUMBER.get(token.strip(), BOS) for token in row["tokens"]]
+            where = {"position": int(rng.integers(1, len(ids))), "tokens": row["tokens"], "token_ids": ids}
+            rows.append({"neuron": unit, "polarity": 1, "sampling": "top", "split": "explain", "rank": rank, **where})
+        found += measure(from_rows(rows, "exemplars"), fitted, 5, [BOS], seed)["p_value"].to_pylist()
+    p = np.array(found)
+    assert stats.binomtest(int((p <= 0.05).sum()), len(p), 0.05, "greater").pvalue > 1e-3
+    assert stats.binomtest(int((p <= 0.01).sum()), len(p), 0.01, "greater").pvalue > 1e-3
 
 
 def with_layer(rows: pa.Table, layer: int = 0) -> pa.Table:
@@ -288,7 +301,7 @@ def test_decoys_take_no_part_in_the_units_own_q() -> None:
 @pytest.mark.skipif(not STORIES.is_file(), reason="no recorded data beside the repository")
 def test_planted_units_in_stories(tmp_path: Path) -> None:
     """Real text and real vectors: lists of one kind of word, one stem in its forms, and random positions."""
-    stories = json.loads(STORIES.read_text())[:400]
+    stories = json.loads(STORIES.read_text())[:300]
     train_vectors(stories, tmp_path / "v.bin")
     rows = [sample(" ".join(story.split()[a : a + 90])) for story in stories for a in range(0, len(story.split()), 90)]
     fitted = fit_background(rows, Vectors(tmp_path / "v.bin"), 5, "sif", 0)

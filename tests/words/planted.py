@@ -59,10 +59,13 @@ def sample(text: str, bos: bool = True) -> dict[str, Any]:
 def samples(n: int = 400, size: int = 40, seed: int = 0) -> list[dict[str, Any]]:
     """Samples of random words, the first of a shuffled vocabulary more often than the last."""
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(WORDS))
-    share = 1 / (np.argsort(order) + 20.0)
-    drawn = rng.choice(len(WORDS), (n, size), p=share / share.sum())
-    return [sample(" ".join(WORDS[i] for i in row) + ".") for row in drawn]
+    return [sample(" ".join(draw(rng, size)) + ".") for _ in range(n)]
+
+
+def draw(rng: np.random.Generator, size: int) -> list[str]:
+    """Words as often as they are in the language."""
+    share = 1 / (np.random.default_rng(0).permutation(len(WORDS)) + 20.0)
+    return [WORDS[i] for i in rng.choice(len(WORDS), size, p=share / share.sum())]
 
 
 def background(weighting: Weighting = "sif", seed: int = 0, window: int = 5, **text: int) -> Background:

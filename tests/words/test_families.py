@@ -25,7 +25,10 @@ def test_no_words() -> None:
     assert families([], []) == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["dog", "dogs", "cat", "run", "runs", "hat", "1", "!"])), max_size=12))
+WORDS = ["dog", "dogs", "cat", "run", "runs", "hat", "1", "!"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(WORDS)), max_size=12))
 def test_families_are_the_connected_components(mats: list[tuple[int, str]]) -> None:
     ids, words = [m[0] for m in mats], [m[1] for m in mats]
     found = families(ids, words)

@@ -81,8 +81,8 @@ def test_a_missing_or_foreign_file(tmp_path: Path) -> None:
 
 @pytest.mark.shared
 @pytest.mark.skipif(not STORIES.is_file(), reason="no recorded data beside the repository")
-def test_similarity_means_something_after_half_a_megabyte(tmp_path: Path) -> None:
-    train_vectors(json.loads(STORIES.read_text())[:500], tmp_path / "v.bin")
+def test_similarity_means_something_after_three_hundred_stories(tmp_path: Path) -> None:
+    train_vectors(json.loads(STORIES.read_text())[:300], tmp_path / "v.bin")
     assert (tmp_path / "v.bin").stat().st_size < 20e6
     vectors = Vectors(tmp_path / "v.bin")
     lists = {
