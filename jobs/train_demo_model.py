@@ -5,10 +5,10 @@
 Takes the documents of `raylabel.demo.stdlib`, holds 5 % of them out by their hash, trains a byte-level BPE
 tokenizer (4,096 entries) and the model on the others, measures both it and an interpolated trigram model on what
 was held out, and writes weights (fp16), tokenizer, config and model card. Runs on two CPU cores without a network;
-the default number of steps takes about 50 minutes on two cores with AMX, a first usable folder is there after
-two. Seed 0 fixes initial weights and the order of the data; thread count and CPU decide the last bits of sums, so
-another machine gives an equally good model, not an identical one. With `--checkpoint` an interrupted training
-goes on where it stopped; while the learning rate is flat, `--steps` may be changed between two such runs.
+the default number of steps took 36 minutes on two busy cores, a first usable folder is there after two. Seed 0
+fixes initial weights and the order of the data; thread count and CPU decide the last bits of sums, so another
+machine gives an equally good model, not an identical one. With `--checkpoint` an interrupted training goes on
+where it stopped; while the learning rate is flat, `--steps` may be changed between two such runs.
 """
 
 from __future__ import annotations
@@ -334,8 +334,9 @@ something. It is no assistant and no code generator.
 | data | the standard library of CPython {python}, as `raylabel.demo.stdlib` cuts it: no tests, no licence headers |
 | training part | {train_documents:,} documents, {train_tokens:,} tokens |
 | held-out part | {held_documents:,} documents, {held_tokens:,} tokens, chosen by a hash of the document's text |
-| training | {steps:,} steps of {batch} rows, {seen:,} tokens ({epochs:.1f} epochs), AdamW, warmup, flat, linear decay |
-| time | {minutes:.0f} minutes on {machine} |
+| training | {steps:,} steps of {batch} rows, {seen:,} tokens ({epochs:.1f} epochs) |
+| schedule | AdamW, rate 3e-3: warmup, flat, linear decay over the last {decay:.0%} |
+| time | {minutes:.0f} minutes of wall clock on {machine}, matrix products in bfloat16 |
 | held-out loss | **{loss:.3f}** nats a token, on the stored weights |
 | trigram | {trigram:.3f} nats a token (interpolated Kneser-Ney, same tokens, same rows, tuned on training documents) |
 | training loss | {train_loss:.3f} nats a token, on every 20th training document |
@@ -346,8 +347,8 @@ on both sides of the split, so the held-out loss measures unseen text of seen li
 The weights are MIT-licensed. The text they were trained on is CPython's, under the PSF licence; it is not part of
 this folder.
 
-To make it again (about an hour on two CPU cores; seed {seed} fixes initial weights and data order, the machine
-decides the last bits): `python jobs/train_demo_model.py --steps {steps}`. Load it with
+To make it again (seed {seed} fixes initial weights and data order; threads and processor decide the last bits, so
+the losses come out close, not equal): `python jobs/train_demo_model.py --steps {steps}`. Load it with
 `raylabel.models.native.load_native("raylabel/demo/model")`.
 """
 
@@ -375,7 +376,7 @@ def main() -> None:
     table = rows(held_out, bos, pad)
     sizes = [len(training), sum(map(len, training)), len(held_out), sum(map(len, held_out))]
     figures: dict[str, Any] = {
-        "python": platform.python_version(), "vocabulary": VOCABULARY, "batch": BATCH, "seed": options.seed,
+        "python": platform.python_version(), "vocabulary": VOCABULARY, "batch": BATCH, "seed": options.seed, "decay": DECAY,
         "parameters": sum(value.numel() for value in model.parameters()),
         **dict(zip(("train_documents", "train_tokens", "held_documents", "held_tokens"), sizes, strict=True)),
         "steps": progress.step, "seen": progress.tokens, "epochs": progress.tokens / sizes[1],
