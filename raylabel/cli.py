@@ -18,7 +18,7 @@ import typer
 from raylabel.config import RunConfig, load_config, unused_keys
 from raylabel.errors import BadInput, RunFailed
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 DEMO = Path(__file__).parent / "demo" / "demo.yaml"
 
 Out = Annotated[str | None, typer.Option("--out", help="Run directory: a path or an fsspec URL.")]
@@ -37,9 +37,9 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments or ["--help"], standalone_mode=False)
         return int(code or 0)
     except BadInput as error:
         return _complain(str(error), 2)
@@ -56,6 +56,8 @@ def run_command(arguments: list[str]) -> int:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):
             return _complain(error.format_message(), 2)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class _Terminated(BaseException):
@@ -67,7 +69,9 @@ def _terminated(_signal: int, _frame: Any) -> None:
 
 
 def _complain(text: str, code: int) -> int:
-    print("raylabel: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    # Names of files and keys are foreign text: nothing in them may act on the terminal.
+    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+    print(f"raylabel: {line}", file=sys.stderr, flush=True)
     return code
 
 
@@ -91,14 +95,12 @@ def _configure(
     path: str, overrides: list[str] | None, out: str | None, stages: str | None, address: str | None
 ) -> RunConfig:
     given = list(overrides or [])
-    given += [f"run.{key}={json.dumps(value)}" for key, value in
+    given += [f"run.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in
               (("out", out), ("stages", stages), ("address", address)) if value is not None]  # fmt: skip
     return load_config(path, given)
 
 
 def _run(config: RunConfig) -> int:
-    from rich.console import Console
-
     from raylabel.engine.pipeline import run_pipeline
     from raylabel.report import summary, terminal
     from raylabel.store.rundir import RunDir
@@ -109,7 +111,7 @@ def _run(config: RunConfig) -> int:
     report = run_pipeline(config, _say)
     directory = RunDir(config.run.out)
     if directory.complete("results"):
-        console = Console()
+        console = terminal.console()
         console.print(terminal.units_table(*top_units(directory, 10)))
         console.print(terminal.shares_table(summary.shares(directory)))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report.stages.items())
@@ -133,7 +135,8 @@ def top_units(directory: Any, limit: int, layer: int | None = None, find: str | 
     def worth(row: dict[str, Any]) -> tuple[Any, ...]:
         evidence = {"concept": 0, "token": 1, "context": 1}.get(row["evidence"] or "", 2)
         similarity = row["family_similarity"] if row["family_similarity"] is not None else -1.0
-        return (not row["verified"], row["kind"] != "meaning", evidence, -similarity, row["layer"], row["neuron"], -row["polarity"])
+        place = (row["layer"], row["neuron"], -row["polarity"])
+        return (not row["verified"], row["kind"] != "meaning", evidence, -similarity, *place)
 
     rows = sorted(rows, key=worth)[:limit]
     found: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
@@ -211,8 +214,6 @@ def show(
     as_json: Json = False,
 ) -> int:
     """The units of a run, most convincing first, or everything about one."""
-    from rich.console import Console
-
     from raylabel.api import Run
     from raylabel.report import summary, terminal
     from raylabel.store.rundir import RunDir
@@ -222,7 +223,7 @@ def show(
         if layer is None:
             raise BadInput("--neuron: give --layer too")
         unit = Run(directory).unit(layer, neuron, polarity)
-        print(json.dumps(unit.to_dict())) if as_json else Console().print(terminal.unit_card(unit))
+        print(json.dumps(unit.to_dict())) if as_json else terminal.console().print(terminal.unit_card(unit))
         return 0
     if not directory.complete("results"):
         directory.info  # noqa: B018  (a folder that is no run is the likelier mistake)
@@ -233,7 +234,7 @@ def show(
     if as_json:
         print(json.dumps(rows))
         return 0
-    console = Console()
+    console = terminal.console()
     console.print(terminal.units_table(rows, exemplars))
     console.print(terminal.shares_table(summary.shares(directory)))
     return 0

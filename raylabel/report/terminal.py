@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +14,14 @@ from raylabel.stages.results import visible
 
 PHRASES = 3
 SWAPS = 3
+WIDTH = 120
+"""Columns where the output is no terminal."""
+
+
+def console() -> Console:
+    """Where tables go: the terminal as wide as it is, else a fixed width."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)
 
 
 def clean(text: str) -> str:
@@ -49,15 +57,20 @@ def number(value: Any, form: str = ".2f") -> str:
 
 def units_table(rows: list[dict[str, Any]], exemplars: dict[tuple[int, int, int], list[dict[str, Any]]]) -> Table:
     """One line a unit: what was found and how sure it is, with the strongest phrases."""
-    table = Table(header_style="bold", show_lines=False, pad_edge=False)
-    for name in ("unit", "label (from)", "kind", "evidence", "q", "decoys", "norm.", "phrases"):
-        table.add_column(name, overflow="fold", ratio=6 if name == "phrases" else None)
+    sources = sorted({row["label_source"] for row in rows if row["label_source"]})
+    table = Table(header_style="bold", show_lines=True, title_justify="left")
+    table.title = Text(f"units, most convincing first; labels from: {', '.join(sources) or 'none'}")
+    for name, least, fold in (
+        ("unit", 7, False), ("label", 18, True), ("kind", 7, False), ("evidence", 8, False), ("q", 5, False),
+        ("decoys", 6, False), ("norm.", 5, False), ("phrases", 24, True),
+    ):  # fmt: skip
+        table.add_column(name, min_width=least, overflow="fold", no_wrap=not fold, ratio=1 if fold else None)
     for row in rows:
         key = (row["layer"], row["neuron"], row["polarity"])
         phrases = [marked(e["tokens"], e["position"]) for e in exemplars.get(key, [])[:PHRASES]]
         table.add_row(
             f"{row['layer']}.{row['neuron']}{'' if row['polarity'] > 0 else ' −'}",
-            Text(f"{clean(row['label'] or '·')} ({row['label_source'] or row['status']})"),
+            Text(clean(row["label"] or f"({row['status']})")),
             row["kind"] or "·", row["evidence"] or "·", number(row["q_value"], ".3f"), number(row["decoy_rate"], ".0%"),
             number(row["normalised_activation"]), Text("\n").join(phrases),
         )  # fmt: skip

@@ -152,8 +152,11 @@ class Moments:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state as arrays."""
-        names = np.array(sorted(self.nodes), dtype=np.int64).reshape(-1, 2)
-        return {"nodes": names, "sums": np.stack([self.nodes[tuple(n)].cpu().numpy() for n in names.tolist()])}
+        names = sorted(self.nodes)
+        return {
+            "nodes": np.array(names, dtype=np.int64).reshape(-1, 2),
+            "sums": np.stack([self.nodes[name].cpu().numpy() for name in names]),
+        }
 
     def merge(self, arrays: dict[str, np.ndarray]) -> None:
         """Adds the state of other samples."""
