@@ -303,7 +303,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise BadInput(f"{path}: not valid YAML" + (f", line {mark.line + 1}" if mark else "")) from None
-    return build_config(apply_overrides(tree or {}, overrides or []), str(path))
+    tree = {} if tree is None else tree
+    if isinstance(tree, dict):
+        tree = apply_overrides(tree, overrides or [])
+    return build_config(tree, str(path))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -343,22 +346,42 @@ def unused_keys(config: RunConfig) -> list[str]:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    parts = [str(p) for p in first["loc"]]
-    key = ".".join(p for p in parts if not p.startswith(("literal[", "list[", "tuple[", "function-", "constrained-")))
+    errors = error.errors()
+    # A misspelt key also makes the right one missing: the misspelling is what helps.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     if first["type"] == "extra_forbidden":
-        known = _known(parts[:-1])
-        near = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.0)
-        return f"unknown key {key}" + (f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "")
-    if first["type"] == "missing":
-        return f"{key} is required, e.g. {key}: demo" if key == "subject.model" else f"{key} is required"
-    return f"{key}: {first['msg'].lower()}, not {first['input']!r}"
+        *parts, last = [str(p) for p in first["loc"]]
+        near = difflib.get_close_matches(last, _known(parts), n=1, cutoff=0.0)
+        return f"unknown key {'.'.join([*parts, last])}" + (f"; did you mean {'.'.join([*parts, near[0]])}?" if near else "")
+    key = _key(first["loc"])
+    if key in ("subject", "subject.model") and first["type"] == "missing":
+        return "subject.model is required, e.g. subject.model: demo"
+    if first["type"] == "model_type":
+        return f"{key}: expected keys and values below it, not {first['input']!r}"
+    wanted = dict.fromkeys(_wish(e) for e in errors if _key(e["loc"]) == key or _key(e["loc"]).startswith(f"{key}."))
+    return f"{key}: should be {' or '.join(wanted)}, not {first['input']!r}"
+
+
+def _key(place: tuple[int | str, ...]) -> str:
+    """The setting an error is about, without pydantic's names for the kinds of value that were tried."""
+    parts: list[str] = []
+    for part in place:
+        if isinstance(part, int) or part in _known(parts):
+            parts.append(str(part))
+    return ".".join(parts) or ".".join(map(str, place))
+
+
+def _wish(error: Any) -> str:
+    if error["type"] == "missing":
+        return "a longer list"
+    text = str(error["msg"]).removeprefix("Input should be ")
+    return text if text != error["msg"] else text[:1].lower() + text[1:]
 
 
 def _known(parts: list[str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for name in parts:
-        annotation = model.model_fields[name].annotation
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,14 +26,16 @@ import pyarrow as pa
 import pyarrow.ipc
 import ray
 import ray.data
-from ray.exceptions import RayActorError, RayTaskError
+from ray._private import ray_constants
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 
-from raylabel.engine.execute import UnitFailed, execute, reason
+from raylabel.engine.execute import Fatal, UnitFailed, divided, execute, opened, reason
 from raylabel.errors import BadInput
-from raylabel.stages.base import Chain, Step
+from raylabel.stages.base import Chain, Key, Step
 from raylabel.store.files import Files
 from raylabel.store.plan import Unit
-from raylabel.store.shards import Output, commit
+from raylabel.store.shards import commit
 
 ATTEMPTS = 3
 LIGHT = 0.25
@@ -44,16 +49,21 @@ class RayPool:
 
     def __init__(self, address: str, workers: int | None) -> None:
         common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        handler = signal.getsignal(signal.SIGTERM)
         if address == "local":
-            ray.init(
-                address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
-                _node_ip_address="127.0.0.1", **common,
-            )  # fmt: skip
+            # Ray turns a loopback address given to `init` into this machine's own, which it then opens to everyone;
+            # on Linux this is the only way to make it stay on loopback.
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            ray.init(address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False, **common)
         else:
             try:
                 ray.init(address=address, **common)
             except (ConnectionError, ValueError) as error:
                 raise BadInput(f"run.address: no Ray cluster at {address} ({reason(error)[:120]})") from None
+        if threading.current_thread() is threading.main_thread():
+            # Ray puts its own in its place, and a run stopped by SIGTERM would not end as the command promises.
+            signal.signal(signal.SIGTERM, handler)
         resources = ray.cluster_resources()
         self.cpus, self.gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         self.workers = workers or self.gpus or max(1, self.cpus)
@@ -109,16 +119,42 @@ class RayPool:
                     why = error.cause if isinstance(error.cause, Exception) else error
                     if isinstance(why, BadInput):
                         raise why from None
-                idle.append(actor)
-                if attempt + 1 < first[unit.id] + ATTEMPTS:
-                    queue.append((unit, attempt + 1))
-                elif step.blame is not None:
-                    done(give_up(step, files, unit, attempt, reason(why), format))
+                attempt += 1
+                tried = attempt - first[unit.id]
+                if tried < ATTEMPTS:
+                    queue.append((unit, attempt))
+                    idle.append(actor)
+                elif tried == ATTEMPTS and step.divide is not None and step.blame is not None and isinstance(why, RayActorError):
+                    fatal, actor = self._fatal(step, unit, shared, actor, new)
+                    running[actor.run.remote(shared, unit.to_json(), attempt, fatal)] = (unit, attempt, actor)
                 else:
-                    raise UnitFailed(reason(why))
+                    raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(why)}")
         finally:
             for _, _, actor in running.values():
                 ray.kill(actor)
+
+    def _fatal(
+        self, step: Step, unit: Unit, shared: Any, actor: Any, new: Callable[[], Any]
+    ) -> tuple[list[tuple[Key, str]], Any]:
+        """The smallest parts of a unit that end their workers, and how; found by running it, its halves, theirs.
+
+        Also gives the actor that lives in the end: there is room for no more of them than there are.
+        """
+        found: list[tuple[Key, str]] = []
+        parts = deque([unit.key])
+        while parts:
+            key = parts.popleft()
+            halves = step.divide(key) if step.divide else []
+            try:
+                ray.get(actor.probe.remote(shared, replace(unit, key=key).to_json()))
+            except RayTaskError:
+                continue
+            except RayActorError:
+                actor = new()
+                parts.extend(halves)
+                if not halves:
+                    found.append((key, "the worker process that ran it ended: a crash, or not enough memory"))
+        return found, actor
 
     def _pipeline(
         self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done
@@ -127,7 +163,10 @@ class RayPool:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.max_errored_blocks = 0
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # It logs at length what is dealt with below.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        # `max_task_retries` has no other way in before Ray 2.64.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=RayDeprecationWarning)
         attempts = {unit.id: attempt for unit, attempt in units}
         items = [{"unit": unit.to_json(), "payload": b"", "entry": "", "error": ""} for unit, _ in units]
         rows = ray.data.from_items(items, override_num_blocks=len(items))
@@ -144,36 +183,51 @@ class RayPool:
                 batch_size=1, batch_format="pyarrow", num_cpus=LIGHT,
                 num_gpus=1 if holds_model and self.gpus else None,
                 compute=ray.data.ActorPoolStrategy(size=size),
+                # Without a limit Ray Data feeds a unit that ends its workers to one worker after another, for ever.
+                max_task_retries=ATTEMPTS - 1,
             )  # fmt: skip
-        again = []
-        for row in rows.iter_rows():
-            if row["error"]:
-                unit = Unit.from_json(row["unit"])
+        left = {unit.id: (unit, attempt) for unit, attempt in units}
+        try:
+            for row in rows.iter_rows():
                 if row["error"].startswith("BadInput: "):
                     raise BadInput(row["error"].removeprefix("BadInput: "))
-                again.append((unit, attempts[unit.id]))
-            else:
-                done(json.loads(row["entry"]))
-        return again
+                if not row["error"]:
+                    entry = json.loads(row["entry"])
+                    del left[entry["unit"]]
+                    done(entry)
+        except RayError:
+            # A unit that ends its workers ends the pipeline; actors find out which one it is.
+            pass
+        return list(left.values())
 
 
 class _Actor:
     def __init__(self) -> None:
         self.step: Any = None
 
-    def run(self, shared: Any, unit: str, attempt: int) -> str:
+    def run(self, shared: Any, unit: str, attempt: int, fatal: Fatal = ()) -> str:
         step, url, format = shared
-        if self.step != (step.name, step.worker, url):
-            self.worker = step.worker(url)
-            self.step = (step.name, step.worker, url)
-        entry = execute(self.worker, step, Files(url), Unit.from_json(unit), attempt, format)
+        self._open(step, url)
+        entry = execute(self.worker, step, Files(url), Unit.from_json(unit), attempt, format, fatal)
         return json.dumps(entry)
+
+    def probe(self, shared: Any, unit: str) -> None:
+        """Runs a unit for nothing but to see whether this process lives."""
+        step, url, _ = shared
+        self._open(step, url)
+        divided(self.worker, step, Unit.from_json(unit))
+
+    def _open(self, step: Step, url: str) -> None:
+        if self.step != (step.name, step.worker, url):
+            self.worker = opened(step, url)
+            self.step = (step.name, step.worker, url)
 
 
 class _Link:
     def __init__(self, step: Step, index: int, url: str, format: str, attempts: dict[str, int]) -> None:
         self.files, self.format, self.attempts = Files(url), format, attempts
-        self.link = step.worker.links[index](url)
+        self.open = lambda: step.worker.links[index](url)
+        self.link: Any = None
         self.last = index == len(step.worker.links) - 1
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -185,6 +239,8 @@ class _Link:
             return row
         unit, started = Unit.from_json(row["unit"]), time.time()
         try:
+            # Not when the actor starts: what goes wrong there would end the pipeline without a word about why.
+            self.link = self.link or self.open()
             result = self.link(unit, unpack(row["payload"]))
             if not self.last:
                 return {**row, "payload": pack(result)}
@@ -193,13 +249,6 @@ class _Link:
         except Exception as error:
             # The row goes on to the driver, which runs the unit again where it can be cut around the neuron at fault.
             return {**row, "payload": b"", "error": reason(error)}
-
-
-def give_up(step: Step, files: Files, unit: Unit, attempt: int, why: str, format: str) -> dict[str, Any]:
-    """Lists every neuron of a unit that killed its workers as a failure."""
-    assert step.blame is not None
-    output = Output(failures=[{**row, "reason": why} for row in step.blame(unit.key)])
-    return commit(files, unit, attempt, output, time.time(), format)
 
 
 def pack(tables: dict[str, pa.Table]) -> bytes:

@@ -1,51 +1,73 @@
 """Runs one work unit and commits what comes of it: the same in this process and on a cluster.
 
 A unit that raises is cut in two until the neuron at fault stands alone; that neuron becomes a failure, the rest is
-done. What cannot be cut raises UnitFailed.
+done. What cannot be cut raises UnitFailed. Keys that are known to end the process that runs them are never run.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from raylabel.errors import BadInput
-from raylabel.stages.base import Step
+from raylabel.stages.base import Key, Step
 from raylabel.store.files import Files
 from raylabel.store.plan import Unit
 from raylabel.store.shards import Output, Shard, commit
+
+Fatal = Sequence[tuple[Key, str]]
+"""Keys that kill the process that runs them, and how it ended."""
 
 
 class UnitFailed(RuntimeError):
     """A unit that no attempt could do and that cannot be cut."""
 
 
+def opened(step: Step, url: str) -> Any:
+    """The step's worker; UnitFailed if it cannot be made."""
+    try:
+        return step.worker(url)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise UnitFailed(f"{step.name}: {reason(error)}") from error
+
+
 def execute(
-    work: Callable[[Unit], Output], step: Step, files: Files, unit: Unit, attempt: int, format: str
+    work: Callable[[Unit], Output], step: Step, files: Files, unit: Unit, attempt: int, format: str, fatal: Fatal = ()
 ) -> dict[str, Any]:
-    """Runs `unit`, commits its output and returns the manifest entry."""
+    """Runs `unit`, but for the keys in `fatal`, commits its output and returns the manifest entry."""
     started = time.time()
-    output = divided(work, step, unit)
+    output = divided(work, step, unit, fatal)
     return commit(files, unit, attempt, output, started, format)
 
 
-def divided(work: Callable[[Unit], Output], step: Step, unit: Unit) -> Output:
+def divided(work: Callable[[Unit], Output], step: Step, unit: Unit, fatal: Fatal = ()) -> Output:
     """The output of `unit`, cut around neurons that make it fail."""
+    known = [(key, why) for key, why in fatal if contains(step, unit.key, key)]
     try:
-        return work(unit)
+        if not known:
+            return work(unit)
+        why = known[0][1]
     except BadInput:
         raise
     except Exception as error:
         if step.divide is None or step.blame is None:
             raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(error)}") from error
-        halves = step.divide(unit.key)
-        if not halves:
-            return Output(failures=[{**row, "reason": reason(error)} for row in step.blame(unit.key)])
-        return merge([divided(work, step, replace(unit, key=key)) for key in halves])
+        why = reason(error)
+    halves = step.divide(unit.key) if step.divide else []
+    if not halves:
+        return Output(failures=[{**row, "reason": why} for row in (step.blame(unit.key) if step.blame else [])])
+    return merge([divided(work, step, replace(unit, key=key), known) for key in halves])
+
+
+def contains(step: Step, key: Key, part: Key) -> bool:
+    """Whether `part` is `key` or what cutting it gives."""
+    return key == part or any(contains(step, half, part) for half in (step.divide(key) if step.divide else []))
 
 
 def merge(outputs: list[Output]) -> Output:
@@ -57,8 +79,8 @@ def merge(outputs: list[Output]) -> Output:
         whole.notes |= output.notes
         for shard in output.shards:
             shards.setdefault((shard.table, shard.layer, shard.controls), []).append(shard)
-        # Parts of a unit write the same names; the parts' own order keeps them apart for the reader.
-        whole.blobs += [replace(blob, name=f"{len(whole.blobs)}.{blob.name}") for blob in output.blobs]
+        # Parts of a unit write the same names: the reader gets all of them, in the order of the parts.
+        whole.blobs += [replace(blob, part=len(whole.blobs) + i) for i, blob in enumerate(output.blobs)]
     for (table, layer, controls), parts in shards.items():
         whole.shards.append(Shard(table, pa.concat_tables([p.rows for p in parts]), layer, controls))
     return whole

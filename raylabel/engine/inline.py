@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raylabel.engine.execute import UnitFailed, execute
+from raylabel.engine.execute import UnitFailed, execute, opened
 from raylabel.stages.base import Step
 from raylabel.store.files import Files
 from raylabel.store.plan import Unit
@@ -25,7 +25,7 @@ class InlinePool:
 
         Raises UnitFailed after the last attempt at a unit that cannot be cut.
         """
-        worker = step.worker(files.url)
+        worker = opened(step, files.url)
         for unit, first in units:
             for attempt in range(first, first + ATTEMPTS):
                 try:

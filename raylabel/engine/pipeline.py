@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylabel.config import RunConfig
-from raylabel.engine.execute import UnitFailed
+from raylabel.engine.execute import UnitFailed, reason
 from raylabel.engine.inline import InlinePool
 from raylabel.errors import BadInput, RunFailed
 from raylabel.stages import PIPELINE, prepare
@@ -63,12 +63,14 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
         try:
             for stage in wanted:
                 started = time.time()
+                check_needs(stage, wanted, run, config)
                 pool = run_stage(stage, run, config, pool, say)
                 report.stages[stage.name] = time.time() - started
         finally:
             if pool is not None:
                 pool.close()
             report.failures = write_failures(run, config.run.format)
+            run.files.sweep()
     return report
 
 
@@ -81,6 +83,21 @@ def chosen(config: RunConfig) -> list[Stage]:
         if name not in known:
             raise BadInput(f"run.stages: no stage {name!r}; stages are {', '.join(known)}")
     return [stage for stage in PIPELINE if stage.name in config.run.stages]
+
+
+def check_needs(stage: Stage, wanted: list[Stage], run: RunDir, config: RunConfig) -> None:
+    """BadInput if a stage that this one needs and that is not run again was done with other settings."""
+    for name in dict.fromkeys(needed.partition(".")[0] for needed in stage.needs):
+        producer = next(s for s in PIPELINE if s.name == name)
+        before = run.plan(name)
+        if producer in wanted or before is None:
+            continue
+        check_needs(producer, wanted, run, config)
+        if plan_stage(producer, run, config)[0].digest != before.digest:
+            raise BadInput(
+                f"run.stages: {stage.name} needs {name}, which was done with other settings or input in "
+                f"{run.files.url}; run {name} too"
+            )
 
 
 def plan_stage(stage: Stage, run: RunDir, config: RunConfig) -> tuple[Plan, Any]:
@@ -103,6 +120,8 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
     """Runs what is pending of a stage; opens the pool when there is something to run. Returns the pool."""
     plan, steps = plan_stage(stage, run, config)
     committed = run.committed(plan)
+    failed = sum(len(entry["failures"]) for entry in committed.values())
+    check_failures(stage.name, failed, run, config)
     before = run.plan(stage.name)
     same = before is not None and before.to_json() == plan.to_json()
     if same and len(committed) == len(plan.units) and all(run.complete(t) for t in stage.tables):
@@ -115,7 +134,6 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
     run.reopen(stage.tables)
     run.fix_plan(plan)
     attempts = {i: int(entry["attempt"]) + 1 for i, entry in run.manifest(stage.name).items()}
-    failed = sum(len(entry["failures"]) for entry in committed.values())
     for step in steps:
         units = [(u, attempts.get(u.id, 1)) for u in plan.units if u.step == step.name and u.id not in committed]
         if not units:
@@ -134,8 +152,9 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
 
         try:
             pool.run(step, units, run.files, config.run.format, done)
-        except UnitFailed as error:
-            raise RunFailed(f"{stage.name} cannot go on: {error}") from error
+        except (UnitFailed, OSError) as error:
+            why = str(error) if isinstance(error, UnitFailed) else reason(error)
+            raise RunFailed(f"{stage.name} cannot go on: {why}") from error
     run.finish(plan, stage.tables)
     return pool
 

@@ -110,34 +110,22 @@ def _names_native(folder: Path) -> bool:
 def _load_native(name: str, folder: Path, dtype: torch.dtype | None, device: torch.device) -> Loaded:
     from transformers import PreTrainedTokenizerFast
 
-    from raylabel.models.native import is_native, load_native
+    from raylabel.models.native import is_native, load_native, unwrapped
 
     if not is_native(folder):
         raise BadInput(f"subject.model: {folder}/config.json names no architecture that is supported")
-    network = _unwrapped(load_native(folder, dtype=dtype or torch.float32, device=device))
+    network = unwrapped(load_native(folder, dtype=dtype or torch.float32, device=device))
     # The bridge gives its copy a BOS of its own making; what the folder says is what counts.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     return Loaded(name, None, network, native_anatomy(network), tokenizer, int(network.cfg.n_ctx), None)
-
-
-def _unwrapped(bridge: Any) -> Any:
-    """The model inside a native bridge, sharing its weights, without the hook points that make it up to a third slower."""
-    from transformer_lens.model_bridge.sources.native import NativeModel
-
-    from raylabel.models.native import plain_state
-
-    state = plain_state(bridge.original_model)
-    reference = next(iter(state.values()))
-    network = NativeModel(bridge.cfg).to(device=reference.device, dtype=reference.dtype)
-    # A bridge shows parameters under further names of its own and adds a bias to the head.
-    network.load_state_dict({name: state[name] for name in network.state_dict()}, strict=True, assign=True)
-    return network.eval()
 
 
 def _load_published(name: str, revision: str | None, dtype: torch.dtype | None, device: torch.device) -> Loaded:
     if revision is not None:
         raise BadInput(f"subject.revision: TransformerLens's own models ({name}) have no revisions; leave it out")
     from transformer_lens.model_bridge.sources import boot_tl_legacy
+
+    from raylabel.models.native import unwrapped
 
     official = _alias(name) or name
     try:
@@ -146,7 +134,7 @@ def _load_published(name: str, revision: str | None, dtype: torch.dtype | None, 
         raise BadInput(f"subject.model: {name} ({official}) could not be loaded: {_why(error)}") from error
     if bridge.tokenizer is None:
         raise BadInput(f"subject.model: {official} names no tokenizer, so no text can be given to it; use another model")
-    network, begins = _unwrapped(bridge), bool(bridge.cfg.default_prepend_bos)
+    network, begins = unwrapped(bridge), bool(bridge.cfg.default_prepend_bos)
     positions = int(bridge.cfg.n_ctx)
     commit = _commit(official, None)
     return Loaded(official, commit, network, native_anatomy(network), bridge.tokenizer, positions, begins)

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformer_lens.model_bridge.sources.native import NativeModel
+from transformer_lens.model_bridge.sources.native import NativeAttention, NativeModel
+from transformer_lens.utilities.activation_functions import apply_softcap
 from transformers import PreTrainedTokenizerFast
 
 from raylabel.errors import BadInput
@@ -33,6 +36,47 @@ FIELDS = (
 )
 # A bridge puts every module behind a wrapper, and shows some of them a second time under names of its own.
 _WRAPPER = "._original_component"
+
+
+class FastAttention(NativeAttention):
+    """The same attention in one kernel. A mask [B, 1, Q, Q] is added to the scores and is all there is to mask."""
+
+    def forward(  # type: ignore[override]  # the pattern, which no block reads, is not there
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        capped, masked = self.attn_scores_soft_cap > 0, attention_mask is not None and attention_mask.dim() == 4
+        if kwargs or (capped if attention_mask is None else not masked):
+            plain: tuple[Tensor, Tensor] = super().forward(hidden_states, attention_mask, position_ids, **kwargs)
+            return plain
+        parts = (part(hidden_states).unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = parts
+        if self.rotary is not None:
+            q, k = self.rotary.apply_rope(q, k, position_ids=position_ids)
+        if self.kv_repeats > 1:
+            k, v = (x.repeat_interleave(self.kv_repeats, dim=1) for x in (k, v))
+        if capped and attention_mask is not None:
+            scores = apply_softcap(q @ k.transpose(-2, -1) / self.scale, self.attn_scores_soft_cap)
+            mixed = F.softmax(scores + attention_mask, dim=-1) @ v
+        else:
+            causal = attention_mask is None and self.causal
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal, scale=1 / self.scale)
+        return self.o(mixed.transpose(1, 2).flatten(2)), None
+
+
+def unwrapped(bridge: TransformerBridge) -> NativeModel:
+    """The model inside a native bridge, sharing its weights, without the hook points that make it up to a third slower.
+
+    Its attention is `FastAttention`.
+    """
+    state = plain_state(cast(NativeModel, bridge.original_model))
+    reference = next(iter(state.values()))
+    network = NativeModel(bridge.cfg)
+    for block in network.layers:
+        block.attn = FastAttention(bridge.cfg, rotary=network.rotary)
+    network.to(device=reference.device, dtype=reference.dtype)
+    # A bridge shows parameters under further names of its own and adds a bias to the head.
+    network.load_state_dict({name: state[name] for name in network.state_dict()}, strict=True, assign=True)
+    return network.eval()
 
 
 def is_native(folder: str | Path) -> bool:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from raylabel.errors import BadInput
+from raylabel.models.suffix import Tree, call_native, call_transformers
 
 HOOK_NAMES = {
     "mlp_post": "mlp.hook_post",
@@ -56,31 +57,35 @@ class Family:
     """The final norm subtracts the mean."""
     gain_offset: float = 0.0
     """Added to the weights of the norms that scale by `gain_offset + weight`."""
+    masks: str | None = "one"
+    """How a forward pass takes a finished attention mask: `one` for all layers, `by layer` by the kinds of attention in
+    `config.layer_types`; None where its attention makes a mask of its own in any case."""
 
 
 _GPT2 = Family("h", "ln_f", "attn", "ln_2", "mlp.c_proj")
 _NEOX = Family("layers", "final_layer_norm", "attention", "post_attention_layernorm", "mlp.dense_4h_to_h")
 _LLAMA = Family("layers", "norm", "self_attn", "post_attention_layernorm", "mlp.down_proj", gated=True, centred=False)
+_QWEN = replace(_LLAMA, masks="by layer")
 _OLMO2 = replace(_LLAMA, attention="post_attention_layernorm", middle="mlp", post_mlp="post_feedforward_layernorm")
-_GEMMA2 = replace(_OLMO2, middle="pre_feedforward_layernorm", gain_offset=1.0)
+_GEMMA2 = replace(_OLMO2, middle="pre_feedforward_layernorm", gain_offset=1.0, masks="by layer")
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
-    "gpt_neo": _GPT2,
+    "gpt_neo": replace(_GPT2, masks=None),
     "gptj": replace(_GPT2, middle=None, mlp_out="mlp.fc_out"),
     "gpt_neox": _NEOX,
     "phi": Family("layers", "final_layernorm", "self_attn", None, "mlp.fc2"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
     "gemma": replace(_LLAMA, gain_offset=1.0),
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "olmo": replace(_LLAMA, centred=True),
     "olmo2": _OLMO2,
-    "olmo3": _OLMO2,
+    "olmo3": replace(_OLMO2, masks="by layer"),
 }
 
 
@@ -98,6 +103,8 @@ class Anatomy:
     d_mlp: int | None
     unembedding: nn.Module
     """Holds `weight` [vocabulary, d_model]; never called."""
+    call_tree: Callable[[Tensor, Tree], Any] | None
+    """The same over rows of nodes, see `models.suffix`; None where the architecture cannot."""
 
     @property
     def vocabulary(self) -> int:
@@ -120,18 +127,20 @@ def transformers_anatomy(model: Any, name: str) -> Anatomy:
     family = family_of(model.config, name)
     trunk = model.base_model
     trunk = getattr(trunk, "language_model", trunk)
+    config, masks = model.config.get_text_config(), family.masks
     return _anatomy(
         model.config.model_type,
         family,
         trunk,
         lambda ids: trunk(input_ids=ids, use_cache=False),
-        int(model.config.get_text_config().hidden_size),
+        int(config.hidden_size),
         model.get_output_embeddings(),
+        None if masks is None else lambda ids, tree: call_transformers(trunk, config, ids, tree, masks),
     )
 
 
 def native_anatomy(model: Any) -> Anatomy:
-    """Anatomy of TransformerLens's own architecture: a `NativeModel` without a bridge around it."""
+    """Anatomy of TransformerLens's own architecture: a `NativeModel` as `native.unwrapped` gives it."""
     cfg = model.cfg
     with_mlp, gated = not cfg.attn_only, bool(cfg.gated_mlp)
     mlp_out = ("mlp.out" if gated else "mlp.fc_out") if with_mlp else None
@@ -145,15 +154,29 @@ def native_anatomy(model: Any) -> Anatomy:
         mlp_norm="mlp.ln" if with_mlp and getattr(model.layers[0].mlp, "ln", None) is not None else None,
         centred=not cfg.final_rms and (cfg.normalization_type or "").upper() in ("LN", "LNPRE"),
     )
-    return _anatomy("TransformerLensNative", family, model, model, int(cfg.d_model), model.head)
+    return _anatomy(
+        "TransformerLensNative",
+        family,
+        model,
+        model,
+        int(cfg.d_model),
+        model.head,
+        (lambda ids, tree: call_native(model, ids, tree)) if cfg.attention_dir == "causal" else None,
+    )
 
 
 def _anatomy(
-    kind: str, family: Family, trunk: nn.Module, call: Callable[[Tensor], Any], d_model: int, unembedding: nn.Module
+    kind: str,
+    family: Family,
+    trunk: nn.Module,
+    call: Callable[[Tensor], Any],
+    d_model: int,
+    unembedding: nn.Module,
+    call_tree: Callable[[Tensor, Tree], Any] | None,
 ) -> Anatomy:
     blocks = tuple(cast(nn.ModuleList, trunk.get_submodule(family.blocks)))
     d_mlp = _rows(blocks[0].get_submodule(family.mlp_out)).shape[0] if family.mlp_out else None
-    return Anatomy(kind, family, trunk, call, blocks, d_model, d_mlp, unembedding)
+    return Anatomy(kind, family, trunk, call, blocks, d_model, d_mlp, unembedding, call_tree)
 
 
 def check_site(anatomy: Anatomy, site: str) -> None:

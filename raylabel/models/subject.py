@@ -19,6 +19,7 @@ from raylabel.errors import BadInput
 from raylabel.models import sites
 from raylabel.models.loading import load, resolve_device, special_ids
 from raylabel.models.sites import Anatomy
+from raylabel.models.suffix import Tree
 
 Visit = Callable[[int, Tensor, Tensor], None]
 
@@ -66,13 +67,19 @@ class Subject:
         """The other site at which a recording of these units may have been made, None where there is none."""
         return sites.sister_site(self.anatomy, self.site)
 
-    def run(self, ids: Tensor, layers: Sequence[int], visit: Visit) -> None:
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether `run` takes a tree: texts that begin alike then need one pass over their beginning."""
+        return self.anatomy.call_tree is not None
+
+    def run(self, ids: Tensor, layers: Sequence[int], visit: Visit, tree: Tree | None = None) -> None:
         """One forward pass over ids [B, T]; calls visit(layer, activations [B, T, width], residual [B, T, d_model]).
 
         Layers come in ascending order, each once; `residual` is the stream entering the block, and both tensors are in
         the model's dtype, on its device, and valid during the call only. Samples shorter than T are filled on the right
         with any valid id: the models are causal, so no attention mask is needed and what follows a position does not
         change it. Activations at filled positions mean nothing. Errors of `visit` pass through; hooks always go.
+        With a `tree`, on the model's device, rows are nodes of tries instead of texts, see `models.suffix`.
         """
         wanted = sorted(set(layers))
         if not wanted:
@@ -107,7 +114,12 @@ class Subject:
                 else:
                     handles.append(module.register_forward_pre_hook(on_input(layer), with_kwargs=True))
             with torch.inference_mode():
-                self.anatomy.call(ids.to(self.device))
+                if tree is None:
+                    self.anatomy.call(ids.to(self.device))
+                elif self.anatomy.call_tree is None:
+                    raise ValueError(f"{self.name} cannot share the beginnings of texts")
+                else:
+                    self.anatomy.call_tree(ids.to(self.device), tree)
         except _Finished:
             pass
         else:

@@ -147,6 +147,10 @@ def _value(row: Any, column: str, where: str) -> str:
     value = row.get(column) if isinstance(row, dict) else row
     if not isinstance(value, str):
         raise BadInput(f"{where}: no text under {column!r}; name the key with exemplars.corpus.column")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{where}: an escape names half a character (a lone surrogate); mend the JSON") from None
     return value
 
 

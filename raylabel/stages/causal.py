@@ -1,4 +1,4 @@
-"""verify, the last of three steps: what the variants' activations say about each unit. Arrow and NumPy only.
+"""verify, the last of three steps: what the variants' activations say about each unit. No model.
 
 `summarise` takes rows as `measure.measure` gives them and returns the tables `variants` and `verifications`; `close`
 fills in what needs the whole layer; `divide` parts a model's own units from its controls. With an exemplar's
@@ -9,6 +9,9 @@ the phrases in random exemplars):
     drop        = 1 − retention
     specificity = retention of neighbours − retention of random words, at the MAT word, over substitutes
                   that do not hold the MAT's own token
+
+`evidence` is `concept` where specificity is certain and not small; else `token` where the MAT word matters, whichever
+kind of word replaces it, and no word before it does; else `context` where a word before it does; else `none`.
 
 A variant that was not measured, or whose exemplar is not reproduced, is in no sum and no count: it is not a zero.
 Intervals are percentiles of a bootstrap over documents, since exemplars of one document are not independent.
@@ -36,7 +39,7 @@ LEAST_EXEMPLARS, LEAST_DOCUMENTS = 5, 3
 """Fewer give no retention, and no interval: with three documents a bootstrap has ten different draws."""
 MATTERS = 0.25
 """A word matters if replacing it costs a quarter of what the exemplar has above the background: between what the words
-before it cost the median unit of a small trained model (0.14 on the mean over offsets) and what the MAT word does (0.9)."""
+before it cost the median unit of a small trained model (0.13 on the mean over offsets) and what the MAT word does (0.77)."""
 SPECIFIC = 0.05
 """Neighbours must retain this much more than random words: a unit with one MAT word has the same few neighbours in every
 exemplar, and what they share by accident looks certain to a bootstrap over documents."""

@@ -30,7 +30,8 @@ def write_failures(run: RunDir, format: str) -> int:
     rows = failure_rows(run)
     table = from_rows(rows, "failures")
     other = "arrow" if format == "parquet" else "parquet"
+    name = f"failures/part-0.{format}"
+    run.files.write(name, encode(table, "failures", format))
+    run.files.write("failures/_SUCCESS", json.dumps({"rows": len(rows), "files": [name]}).encode())
     run.files.delete(f"failures/part-0.{other}")
-    run.files.write(f"failures/part-0.{format}", encode(table, "failures", format))
-    run.files.write("failures/_SUCCESS", json.dumps({"rows": len(rows)}).encode())
     return len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -31,11 +32,24 @@ TOP = (pc.field("sampling") == "top") & (pc.field("split") == "explain")
 
 def open_vectors(run: RunDir, config: RunConfig) -> Vectors:
     """The run's word vectors: its own `vectors.bin`, or the file that `identify.vectors` names."""
-    return _vectors(run.files.url, config.identify.vectors)
+    given = config.identify.vectors
+    return _vectors(run.files.url, given, tuple(_stamp(run, given)))
+
+
+def _stamp(run: RunDir, given: str) -> list[str]:
+    """Tells the word vectors of the run, or the file it was given, from others under the same name."""
+    if given == "train":
+        plan = run.plan("tokenize")
+        return [unit.id for unit in plan.units if unit.step == "vectors"] if plan else []
+    try:
+        status = os.stat(given)
+    except OSError:
+        return []
+    return [str(status.st_size), str(status.st_mtime_ns)]
 
 
 @lru_cache(maxsize=1)
-def _vectors(url: str, given: str) -> Vectors:
+def _vectors(url: str, given: str, _print: tuple[str, ...]) -> Vectors:
     if given != "train":
         return Vectors(given)
     files = RunDir(url).files
@@ -143,7 +157,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     units = wanted_units(config, run.resolved)
     keys = with_decoys(units, config.controls.decoys, NEURONS)
     return [
-        Step("background", [{}], BackgroundWorker),
+        Step("background", [{"vectors": _stamp(run, config.identify.vectors)}], BackgroundWorker),
         Step("measure", keys, MeasureWorker, divide=halve_neurons, blame=blame_neurons),
         Step("close", [{}], CloseWorker),
     ]

@@ -1,8 +1,9 @@
 """verify, the second of three steps: the activations that a plan asks for, with the model. No Ray, no files.
 
-`measure` makes one forward pass a distinct text, to the layer and no further, and gathers on the device what the
-requests ask for: the maximum of polarity * activation over a window of positions, special tokens and attention sinks
-left out as in the scan. A unit that the model gives no finite value for is returned as failed and has no rows.
+`measure` runs the distinct texts to the layer and no further, what they have in common at their beginning once for all
+of them (`models.suffix`) if the model can do so, and gathers on the device what the requests ask for: the maximum of
+polarity * activation over a window of positions, special tokens and attention sinks left out as in the scan. A unit
+that the model gives no finite value for is returned as failed and has no rows.
 
 `unreproduced` says whose recordings the model does not give back, `diagnose` what would. Recordings and
 measurements must belong to the same site and the same BOS policy: comparing others means nothing.
@@ -19,10 +20,18 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from raylabel.models.suffix import Forest, Tree, agrees, grow
 from raylabel.stages.verify import Plan, Unit, unit_numbers
 
-CPU_TOKENS, GPU_TOKENS = 4096, 65_536
+CPU_TOKENS, GPU_TOKENS = 2048, 65_536
 """Tokens of a forward pass: on a CPU its activations should stay in the cache."""
+ATTENDED = 1 << 24
+"""Pairs of a query and a key in a forward pass, at most."""
+ROW_TEXTS, ROW_TOKENS = 4, 256
+"""A row holds as many tokens as this many of the longest text, or this many where that is more: the more, the seldomer
+a beginning is repeated, and the more is attended to in vain."""
+LEAST_FILLED = 0.7
+"""Size of the smallest row of a batch, as a share of the largest."""
 EXACT, COARSE = 1e-3, 5e-2
 """Tolerance of a reproduction as a share of the unit's maximum, in float32 and in half precision."""
 LEAST_REPRODUCED = 0.8
@@ -53,30 +62,29 @@ def measure(
     rows = plan["rows"].combine_chunks()
     requests = _Requests(rows, subject.device)
     ids, offsets = _flat(plan["texts"])
-    lengths = np.diff(offsets)
-    order = np.argsort(-lengths, kind="stable")
     found = np.full(rows.num_rows, np.nan, dtype=np.float32)
     broken = np.zeros(rows.num_rows, dtype=bool)
-    special = torch.tensor(sorted(subject.special_ids), dtype=torch.int64)
-    pending = list(reversed(list(_batches(lengths[order], batch_tokens))))
-    while pending:
-        first, last = pending.pop()
-        texts = order[first:last]
-        width = int(lengths[texts[0]])
-        padded = np.full((len(texts), width), subject.pad_id, dtype=np.int64)
-        inside = np.arange(width) < lengths[texts][:, None]
-        padded[inside] = np.concatenate([ids[offsets[t] : offsets[t + 1]] for t in texts])
-        tokens = torch.from_numpy(padded)
-        usable = torch.from_numpy(inside) & ~torch.isin(tokens, special)
-        try:
-            at, best, bad = requests.run(subject, layer, tokens, texts, usable, decoys, sink)
-        except torch.OutOfMemoryError:
-            if last - first == 1:
-                raise
-            middle = (first + last) // 2
-            pending += [(middle, last), (first, middle)]
-            continue
-        found[at], broken[at] = best, bad
+    special = torch.tensor(sorted(subject.special_ids), dtype=torch.int64, device=subject.device)
+    longest = int(np.diff(offsets).max(initial=0))
+    shared = getattr(subject, "shares_beginnings", False) and _agrees(subject, layer, ids, offsets)
+    for forest in grow(ids, offsets, min(max(ROW_TEXTS * longest, ROW_TOKENS), batch_tokens), shared):
+        sizes = np.diff(forest.rows)
+        order = np.argsort(-sizes, kind="stable")
+        pending = list(reversed(list(_batches(sizes[order], batch_tokens))))
+        while pending:
+            first, last = pending.pop()
+            batch = order[first:last]
+            tokens, there, tree = forest.batch(batch, subject.pad_id, subject.device)
+            usable = there & ~torch.isin(tokens, special)
+            try:
+                at, best, bad = requests.run(subject, layer, tokens, tree, forest, batch, usable, decoys, sink)
+            except torch.OutOfMemoryError:
+                if last - first == 1:
+                    raise
+                middle = (first + last) // 2
+                pending += [(middle, last), (first, middle)]
+                continue
+            found[at], broken[at] = best, bad
     failed = np.unique(requests.unit[broken])
     failures = [(unit_of(rows, int(np.argmax(requests.unit == u))), "activations are not finite") for u in failed]
     measured = rows.append_column("activation", pa.array(found, mask=np.isnan(found)))
@@ -102,24 +110,29 @@ class _Requests:
         self.begin = np.searchsorted(text[self.order], np.arange(text.max(initial=0) + 2))
 
     def run(
-        self, subject: Any, layer: int, tokens: Tensor, texts: np.ndarray, usable: Tensor, decoys: Any, sink: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self, subject: Any, layer: int, tokens: Tensor, tree: Tree | None, forest: Forest, rows: np.ndarray,
+        usable: Tensor, decoys: Any, sink: float,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
         """(row numbers, maximum or NaN, whether the maximum is not finite) of all requests of a batch of texts."""
+        begin, many = forest.owned[rows], forest.owned[rows + 1] - forest.owned[rows]
+        ranks = _ranges(begin, many)
+        texts = forest.order[ranks]
         counts = self.begin[texts + 1] - self.begin[texts]
-        at = self.order[np.concatenate([np.arange(self.begin[t], self.begin[t + 1]) for t in texts])]
+        at = self.order[_ranges(self.begin[texts], counts)]
+        rank, line = np.repeat(ranks, counts), np.repeat(np.repeat(np.arange(len(rows)), many), counts)
         # Decoys last: their activations are gathered from another tensor.
-        line = np.repeat(np.arange(len(texts)), counts)
         decoy = self.decoy[at]
         by_kind = np.argsort(decoy, kind="stable")
-        at, line, real = at[by_kind], line[by_kind], int((~decoy).sum())
+        at, rank, line, real = at[by_kind], rank[by_kind], line[by_kind], int((~decoy).sum())
         start, end = self.columns["start"][at], self.columns["end"][at]
-        positions = start[:, None] + np.arange(int((end - start).max(initial=1)))
-        within = torch.from_numpy(positions < end[:, None]).to(self.device)
-        positions = torch.from_numpy(np.minimum(positions, tokens.shape[1] - 1)).to(self.device)
+        place = start[:, None] + np.arange(int((end - start).max(initial=1)))
+        inside = place < end[:, None]
+        nodes = forest.nodes[rank[:, None], np.where(inside, place, start[:, None])]
+        within = torch.from_numpy(inside).to(self.device)
+        positions = torch.from_numpy(nodes - forest.rows[rows][line][:, None]).to(self.device)
         lines = torch.from_numpy(line).to(self.device)[:, None]
         neuron = torch.from_numpy(self.columns["neuron"][at]).to(self.device)[:, None]
         sign = torch.from_numpy(self.columns["polarity"][at]).to(self.device)[:, None]
-        usable = usable.to(self.device)
         result: list[Tensor] = []
 
         def visit(_layer: int, acts: Tensor, resid: Tensor) -> None:
@@ -134,7 +147,7 @@ class _Requests:
             result.append(counted.any(dim=1))
             result.append((counted & ~torch.isfinite(values)).any(dim=1))
 
-        subject.run(tokens, [layer], visit)
+        _run(subject, layer, tokens, visit, tree)
         best, any_, bad = (tensor.cpu() for tensor in result)
         best = best.masked_fill(~any_ | bad, torch.nan)
         return at, best.numpy(), bad.numpy()
@@ -148,11 +161,39 @@ class _Requests:
         return values[place[lines, positions], neuron].float()
 
 
-def _batches(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
-    """Pieces [first, last) of texts of falling length, each of `tokens` tokens at most with its padding."""
+def _run(subject: Any, layer: int, tokens: Tensor, visit: Any, tree: Tree | None) -> None:
+    if tree is None:
+        subject.run(tokens, [layer], visit)
+    else:
+        subject.run(tokens, [layer], visit, tree)
+
+
+def _agrees(subject: Any, layer: int, ids: np.ndarray, offsets: np.ndarray) -> bool:
+    """Tries the model on the longest text and another end to it."""
+    if len(offsets) == 1:
+        return False
+    longest = int(np.diff(offsets).argmax())
+    text = ids[offsets[longest] : offsets[longest + 1]]
+    changed = len(text) - len(text) // 4
+    pair = np.concatenate([text, text[:changed], text[: len(text) - changed]])
+    return agrees(subject, layer, pair, np.array([0, len(text), 2 * len(text)]))
+
+
+def _ranges(begin: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """begin[0], begin[0] + 1, … (counts[0] numbers), begin[1], …"""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    ranges: np.ndarray = np.repeat(begin - ends + counts, counts) + np.arange(total)
+    return ranges
+
+
+def _batches(sizes: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
+    """Pieces [first, last) of rows of falling size, each of `tokens` tokens at most with its padding, which is little."""
     first = 0
-    while first < len(lengths):
-        last = min(first + max(tokens // int(lengths[first]), 1), len(lengths))
+    while first < len(sizes):
+        size = int(sizes[first])
+        alike = int(np.searchsorted(-sizes, -LEAST_FILLED * size, side="right"))
+        last = min(first + max(min(tokens, ATTENDED // size) // size, 1), alike)
         yield first, last
         first = last
 

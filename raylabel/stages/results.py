@@ -103,13 +103,14 @@ class ResultsWorker:
         neurons = wanted_units(self.config, self.facts)[layer]
         site = self.facts["sites"][layer]
         failures = [f for f in failure_rows(self.run) if f.get("layer") == layer]
-        mine = {f["neuron"]: f["reason"] for f in failures if not f.get("control")}
+        mine, theirs = (
+            {f["neuron"]: f["reason"] for f in failures if f.get("control") == control} for control in (None, "decoy")
+        )
         rows = join(neurons, polarities(self.config, self.facts), *self._tables(self.run, layer), mine, site)
         shards = [Shard("results", from_rows(rows, "results"), layer)]
-        controls = self._tables(self.run.controls, layer)
-        if controls[0]:
-            names = sorted({r["neuron"] for r in controls[0]})
-            rows = join(names, (1,), *controls, {}, site)
+        decoys = list(range(self.config.controls.decoys))
+        if decoys:
+            rows = join(decoys, (1,), *self._tables(self.run.controls, layer), theirs, site)
             rows = [{**row, "control": "decoy"} for row in rows]
             shards.append(Shard("results", from_rows(rows, "results", controls=True), layer, controls=True))
         return Output(shards)

@@ -34,7 +34,7 @@ from raylabel.stages.select import (
 from raylabel.stages.state import ROWS, LayerSetup, LayerState, valid
 from raylabel.stages.subject import open_subject
 from raylabel.stages.units import polarities, wanted_units
-from raylabel.store.plan import Unit
+from raylabel.store.plan import Unit, digest
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output, Shard
 from raylabel.tables import SPLITS, from_rows, schema
@@ -384,7 +384,8 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     units = wanted_units(config, facts)
     on_gpu = facts["device"].startswith("cuda")
     batch = config.subject.batch if config.subject.batch != "auto" else GPU_BATCH if on_gpu else CPU_BATCH
-    run.resolve({**facts, "batch": power_of_two(int(batch)), "n_units": sum(len(n) for n in units.values())})
+    resolved = {**facts, "batch": power_of_two(int(batch)), "n_units": sum(len(n) for n in units.values())}
+    run.resolve(resolved, of=digest([config.subject.model_dump(mode="json"), facts]))
     leases = lease_keys(run.dataset("samples").count_rows(), run.resolved["batch"])
     close = neuron_ranges(units, CLOSE_NEURONS)
     seen: set[int] = set()

@@ -10,6 +10,7 @@ from typing import Any
 
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
+from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output
@@ -88,7 +89,10 @@ class SubjectWorker:
 
     def __call__(self, unit: Unit) -> Output:
         tokenizer = open_subject(self.config).tokenizer.backend_tokenizer
+        found = facts(self.config)
+        # Refuses units that the subject does not have before the corpus is read.
+        wanted_units(self.config, found)
         return Output(blobs=[
-            Blob("subject.json", json.dumps(facts(self.config), indent=1).encode()),
+            Blob("subject.json", json.dumps(found, indent=1).encode()),
             Blob("tokenizer.json", tokenizer.to_str().encode()),
         ])  # fmt: skip

@@ -51,13 +51,16 @@ def encode(tokenizer: Any, texts: list[str]) -> list[tuple[np.ndarray, np.ndarra
 def cut(
     tokenizer: Any, texts: Iterable[str], context: int, bos_id: int | None, limit: int
 ) -> pa.Table:
-    """Samples of the texts (schema `samples`, `sample` null, `document` counted from 0), about `limit` tokens at most.
+    """Samples of the texts (schema `samples` without `sample`, `document` counted from 0), exact duplicates dropped.
+
+    Ends after `limit` tokens or a little later; `number` cuts there, whatever the pieces of the corpus are.
 
     Args:
         bos_id: put in front of every sample; None for no BOS.
     """
     body = context - (bos_id is not None)
     rows: list[dict[str, Any]] = []
+    seen: set[bytes] = set()
     used = document = 0
     for batch in _batches(texts, DOCUMENTS_A_BATCH):
         start = len(rows)
@@ -65,6 +68,8 @@ def cut(
             split = split_of(text)
             for at in range(0, len(ids), body):
                 part, stops = ids[at : at + body], ends[at : at + body]
+                if _again(part, seen):
+                    continue
                 begin = int(ends[at - 1]) if at else 0
                 last = at + body >= len(ids)
                 stop = len(text) if last else int(stops[-1])
@@ -79,6 +84,15 @@ def cut(
         if used >= limit:
             break
     return _table(rows, document, bos_id)
+
+
+def _again(ids: np.ndarray, seen: set[bytes]) -> bool:
+    """Whether these token ids were seen before; they are now."""
+    mark = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+    if mark in seen:
+        return True
+    seen.add(mark)
+    return False
 
 
 def _table(rows: list[dict[str, Any]], documents: int, bos_id: int | None) -> pa.Table:
@@ -114,22 +128,25 @@ def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def number(parts: Iterable[pa.Table], limit: int, bos: bool) -> Iterator[pa.Table]:
-    """The samples of all parts with exact duplicates dropped, numbered in order, `limit` tokens (BOS apart) at most."""
+    """The samples of all parts with exact duplicates dropped, numbered in order.
+
+    Ends before the first sample that would make it more than `limit` tokens, BOS apart.
+    """
     seen: set[bytes] = set()
     sample = document = used = 0
+    full = False
     for part in parts:
         ids = part.column("token_ids").combine_chunks()
         values, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
         keep = []
         for row in range(part.num_rows):
             piece = values[offsets[row] : offsets[row + 1]]
-            mark = hashlib.blake2b(piece.tobytes(), digest_size=16).digest()
-            if mark in seen:
+            if _again(piece, seen):
                 continue
-            if used + len(piece) - bos > limit:
+            full = used + len(piece) - bos > limit
+            if full:
                 break
             used += len(piece) - bos
-            seen.add(mark)
             keep.append(row)
         kept = part.take(pa.array(keep, pa.int64()))
         documents = pa.array(kept.column("document").to_numpy() + document, pa.int64())
@@ -138,7 +155,7 @@ def number(parts: Iterable[pa.Table], limit: int, bos: bool) -> Iterator[pa.Tabl
         sample += len(keep)
         document += int((part.schema.metadata or {}).get(b"documents", b"0"))
         yield kept.select(schema("samples").names).replace_schema_metadata(None)
-        if used >= limit:
+        if full:
             return
 
 
@@ -172,7 +189,10 @@ class NumberWorker:
         limit = self.config.exemplars.corpus.tokens
         pieces = [p for p in number(parts, limit, self.facts["prepend_bos"]) if p.num_rows]
         if not pieces:
-            raise BadInput(f"exemplars.corpus.path: no text in {self.config.exemplars.corpus.path}")
+            raise BadInput(
+                f"exemplars.corpus.path: no text in {self.config.exemplars.corpus.path}, or no sample within the {limit} "
+                "tokens of exemplars.corpus.tokens"
+            )
         whole = pa.concat_tables(pieces)
         if "explain" not in set(whole.column("split").to_pylist()):
             raise BadInput(

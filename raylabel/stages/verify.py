@@ -10,14 +10,15 @@
   position does not change it in a causal model.
 
 Only words that start at or before the MAT word are varied, for the same reason. Activations are polarity * activation.
-Method: DESIGN, section 6. The published method replaced characters, every occurrence of them, and ran the phrase
-without its context (Lermen et al.'s starter code); here one word's own span changes and all before it stays.
+The published method's code replaced characters, every occurrence of them, and ran the phrase without its context
+(fbarez/neuroplasticity); here one word's own span changes and all before it stays.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -89,6 +90,8 @@ def plan_variants(
         samples: schema `samples`; holds the sample of every row.
         window: tokens of the phrase on each side of the MAT.
         limit: tokens the model can take; variants whose changed word or MAT would lie beyond are dropped.
+
+    Raises ValueError for an exemplar whose sample is missing.
     """
     top = pc.and_(pc.equal(exemplars["sampling"], "top"), pc.equal(exemplars["split"], "explain"))
     exemplars = _with_control(exemplars.filter(top))
@@ -96,7 +99,10 @@ def plan_variants(
     if exemplars.num_rows == 0:
         return {"rows": ROWS.empty_table(), "texts": TEXTS.empty_table()}
     numbers = exemplars["sample"].to_numpy()
-    kept = samples.filter(pc.is_in(samples["sample"], pa.array(np.unique(numbers)))).sort_by("sample")
+    kept = samples.filter(pc.is_in(samples["sample"], pa.array(numbers))).sort_by("sample")
+    missing = np.setdiff1d(numbers, kept["sample"].to_numpy())
+    if len(missing):
+        raise ValueError(f"exemplars of sample {missing[0]}, which is not among the samples")
     texts = _samples(kept, special_ids)
     row = np.searchsorted(kept["sample"].to_numpy(), numbers)
     mat = exemplars["start"].to_numpy() + exemplars["position"].to_numpy()
@@ -242,7 +248,8 @@ def _build(
     """The chosen variants with their token ids and windows; those that cannot be written exactly are counted."""
     low, high = (np.array([p[i] for p in places], dtype=np.int64) for i in (0, 1))
     e = choice.exemplar
-    edit_key = ((row[e] << 32) + choice.start) * max(len(choice.substitutes), 1) + choice.substitute
+    _, site = np.unique((row[e] << 32) + choice.start, return_inverse=True)
+    edit_key = site * len(choice.substitutes) + choice.substitute
     _, first_use, edit = np.unique(edit_key, return_index=True, return_inverse=True)
     fields = (x[first_use].tolist() for x in (row[e], choice.start, choice.end, choice.substitute))
     edits = [Edit(i, a, b, choice.substitutes[s]) for i, a, b, s in zip(*fields, strict=True)]
@@ -268,7 +275,7 @@ def _build(
     used = np.nonzero(length)[0]
     renumbered = np.cumsum(length > 0) - 1
     ids = [_ids(texts, edits, splices, t, t - n)[: length[t]] for t in used.tolist()]
-    flat = np.fromiter((i for piece in ids for i in piece), dtype=np.int32, count=int(length[used].sum()))
+    flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(length[used].sum()))
 
     kept = np.nonzero(fits)[0]
     owner = np.concatenate([np.arange(len(row)), e[kept]])

@@ -119,7 +119,7 @@ class SummariseLink(Link):
         notes = {(r["control"], r["neuron"], r["polarity"]): r["reason"] for r in payload["notes"].to_pylist()}
         variants, verifications = causal.summarise(
             payload["rows"], random, numbers, layer=layer, seed=self.config.run.seed,
-            coarse=self.facts["dtype"] != "float32", notes=notes,
+            coarse=self.facts["dtype"] != "float32", notes=notes, window=self.config.identify.window,
         )  # fmt: skip
         own, theirs = causal.divide(variants, "variants")
         shard = Shard("variants", theirs, layer, True) if controls else Shard("variants", own, layer)

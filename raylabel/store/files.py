@@ -101,6 +101,21 @@ class Files:
         cut = len(self.root) + 1
         return {path[cut:]: int(info["size"]) for path, info in found.items() if info["type"] == "file"}
 
+    def names(self) -> list[str]:
+        """Names of the files and folders directly in the directory; nothing if there is no such directory."""
+        self._forget()
+        try:
+            return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def sweep(self) -> None:
+        """Removes the temporary files of writes that never ended."""
+        if self.local:
+            for name in self.sizes(""):
+                if name.rsplit("/", 1)[-1].startswith(TEMPORARY):
+                    self.delete(name)
+
     def delete(self, name: str) -> None:
         """Removes the file if it is there."""
         with contextlib.suppress(FileNotFoundError):

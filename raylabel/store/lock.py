@@ -1,7 +1,8 @@
 """One run at a time in a run directory: a lock that a dead owner does not keep.
 
 On a local disk the lock is the kernel's (`flock`), which ends with the process. On an object store it is an object that
-the owner refreshes; one that was not refreshed for `STALE` seconds is taken over.
+the owner refreshes; one that was not refreshed for `STALE` seconds is taken over. An owner that was away for longer than
+that finds another's token and leaves the object alone.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from raylabel.errors import BadInput
 from raylabel.store.files import Files
 
 NAME = "_lock"
 BEAT, STALE = 10.0, 60.0
+SETTLE = 1.0
+"""Seconds in which two that start at once see each other's object."""
 
 
 @contextlib.contextmanager
@@ -32,8 +36,12 @@ def locked(files: Files) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local(files: Files) -> Iterator[None]:
-    os.makedirs(files.root, exist_ok=True)
-    with open(files.path(NAME), "a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(files.root, exist_ok=True)
+            file = stack.enter_context(open(files.path(NAME), "a+", encoding="utf-8"))
+        except OSError as error:
+            raise BadInput(f"run.out: no run directory can be made at {files.url} ({error.strerror})") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -49,21 +57,24 @@ def _local(files: Files) -> Iterator[None]:
 @contextlib.contextmanager
 def _remote(files: Files) -> Iterator[None]:
     token = uuid.uuid4().hex
-    with contextlib.suppress(FileNotFoundError):
-        text = files.read(NAME).decode()
-        if time.time() - json.loads(text)["beat"] < STALE:
-            raise _busy(files, text)
+    owner = _read(files)
+    if owner and time.time() - float(owner.get("beat", 0)) < STALE:
+        raise _busy(files, json.dumps(owner))
     files.write(NAME, _owner(token).encode())
     # Two that start at once both write; the later write wins and the other one sees a token that is not its own.
-    time.sleep(1.0)
-    text = files.read(NAME).decode()
-    if json.loads(text)["token"] != token:
-        raise _busy(files, text)
+    time.sleep(SETTLE)
+    owner = _read(files)
+    if owner.get("token") != token:
+        raise _busy(files, json.dumps(owner))
     stop = threading.Event()
 
     def beat() -> None:
         while not stop.wait(BEAT):
-            files.write(NAME, _owner(token).encode())
+            # A store that does not answer now is asked again at the next beat.
+            with contextlib.suppress(OSError):
+                if _read(files).get("token", token) != token:
+                    return
+                files.write(NAME, _owner(token).encode())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -72,7 +83,17 @@ def _remote(files: Files) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        files.delete(NAME)
+        if _read(files).get("token") == token:
+            files.delete(NAME)
+
+
+def _read(files: Files) -> dict[str, Any]:
+    """The owner that the lock object names; {} where there is none or it is not readable."""
+    try:
+        found = json.loads(files.read(NAME))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _owner(token: str) -> str:

@@ -6,6 +6,7 @@ and then only extended.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -25,7 +26,8 @@ from raylabel.store.shards import TEMPORARY
 from raylabel.tables import PER_UNIT, SCHEMA_VERSION, TABLES, schema
 
 PARTITIONS = ds.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")
-SUFFIXES = (".parquet", ".arrow")
+OWN = ("_lock", ".tmp-")
+"""What a run that was stopped before its first word may have left."""
 PACKAGES = ("raylabel", "torch", "transformers", "transformer_lens", "ray", "pyarrow", "fasttext-numpy2", "numpy")
 
 
@@ -66,21 +68,27 @@ class RunDir:
         return self._info
 
     def start(self, config: dict[str, Any]) -> None:
-        """Makes run.json, or adds a changed configuration to the one that is there."""
+        """Makes run.json, or adds a changed configuration to the one that is there.
+
+        BadInput for a folder that holds something else: finishing a stage would delete what lies in its tables' folders.
+        """
         if self.files.exists("run.json"):
             info = self.info
         else:
+            if any(not name.startswith(OWN) for name in self.files.names()):
+                raise BadInput(f"{self.files.url}: not empty and not a run directory; give another --out")
             info = {"schema_version": SCHEMA_VERSION, "created": time.time(), "resolved": {}, "configs": []}
         if not info["configs"] or info["configs"][-1]["config"] != config:
             info["configs"].append({"started": time.time(), "config": config, "versions": versions()})
             self._write_info(info)
         self._info = info
 
-    def resolve(self, values: dict[str, Any]) -> None:
-        """Adds resolved values to run.json; the ones already there stay."""
-        resolved = {**values, **self.info["resolved"]}
-        if resolved != self.info["resolved"]:
-            self._write_info({**self.info, "resolved": resolved})
+    def resolve(self, values: dict[str, Any], of: str) -> None:
+        """Adds resolved values to run.json; the ones already there stay, unless they were resolved for another `of`."""
+        kept = self.info["resolved"] if self.info.get("resolved_of", of) == of else {}
+        new = {**self.info, "resolved": {**values, **kept}, "resolved_of": of}
+        if new != self.info:
+            self._write_info(new)
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -192,25 +200,27 @@ class RunDir:
                         yield earlier, self.files.read(file["path"])
 
     def finish(self, plan: Plan, tables: tuple[str, ...]) -> None:
-        """Deletes superseded, orphaned and temporary files of the stage, then writes `_SUCCESS` of its tables."""
-        entries = self.committed(plan)
-        keep = {f["path"] for e in entries.values() for f in e["files"]}
-        for table in tables:
-            for top in (table, f"controls/{table}"):
-                present = self.files.sizes(top)
-                for name in present:
-                    if name not in keep and not name.endswith("/_SUCCESS"):
-                        self.files.delete(name)
-                if top == table or keep & set(present):
-                    rows = sum(f["rows"] for e in entries.values() for f in e["files"] if f["path"].startswith(f"{top}/"))
-                    mark = {"stage": plan.stage, "plan": plan.digest, "rows": rows}
-                    self.files.write(f"{top}/_SUCCESS", json.dumps(mark).encode())
+        """Deletes superseded, orphaned and temporary files of the stage, then writes `_SUCCESS` of its tables.
+
+        `_SUCCESS` lists the table's files, so that what a lost worker writes later is not read either.
+        """
+        rows = {f["path"]: f["rows"] for e in self.committed(plan).values() for f in e["files"]}
+        tops = [top for table in tables for top in (table, f"controls/{table}")]
+        for top in tops:
+            for name in self.files.sizes(top):
+                if name not in rows and not name.endswith("/_SUCCESS"):
+                    self.files.delete(name)
         for name in self.files.sizes(f"{TEMPORARY}/{plan.stage}"):
             self.files.delete(name)
         units = {u.id for u in plan.units}
         for unit_id in self.manifest(plan.stage):
             if unit_id not in units:
                 self.files.delete(f"_manifest/{plan.stage}/{unit_id}.json")
+        for top in reversed(tops):
+            files = sorted(name for name in rows if name.startswith(f"{top}/"))
+            if files or not top.startswith("controls/"):
+                mark = {"stage": plan.stage, "plan": plan.digest, "rows": sum(rows[f] for f in files), "files": files}
+                self.files.write(f"{top}/_SUCCESS", json.dumps(mark).encode())
 
     def forget_plan(self, stage: str, tables: tuple[str, ...]) -> None:
         """Hides the rows of a stage whose inputs are about to change; its files stay until it is finished again."""
@@ -233,8 +243,10 @@ class RunDir:
         """Committed files of a table, sorted."""
         top = f"controls/{table}" if self.in_controls else table
         prefix = f"{top}/" if layer is None else f"{top}/layer={layer:02d}/"
-        if self.files.exists(f"{top}/_SUCCESS"):
-            return sorted(n for n in self.files.sizes(prefix.rstrip("/")) if n.endswith(SUFFIXES) and "/.tmp-" not in n)
+        with contextlib.suppress(FileNotFoundError):
+            mark = json.loads(self.files.read(f"{top}/_SUCCESS"))
+            if "files" in mark:
+                return sorted(name for name in mark["files"] if name.startswith(prefix))
         found: set[str] = set()
         for name in self.files.sizes("_plan"):
             stage = name.removeprefix("_plan/").removesuffix(".json")

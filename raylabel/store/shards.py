@@ -48,6 +48,8 @@ class Blob:
     name: str
     data: bytes
     temporary: bool = False
+    part: int | None = None
+    """Number of the file where a unit that was cut writes several of the same name."""
 
 
 @dataclass
@@ -83,7 +85,8 @@ def commit(
         written = files.write(name, encode(rows, shard.table, format))
         entries.append({**vars(written), "rows": rows.num_rows, "table": shard.table, "controls": shard.controls})
     for blob in output.blobs:
-        name = temporary_name(unit, attempt, blob.name) if blob.temporary else blob.name
+        part = "" if blob.part is None else f"{blob.part}."
+        name = temporary_name(unit, attempt, part + blob.name) if blob.temporary else blob.name
         entries.append({**vars(files.write(name, blob.data)), "rows": 0, "temporary": blob.temporary, "name": blob.name})
     entry = {
         "unit": unit.id, "stage": unit.stage, "step": unit.step, "key": unit.key, "attempt": attempt,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 # Tokens encoded again on each side of an edit, one length after the other until it is exact; None: the whole text.
 # Three hold the prefix space, a cut word and one token that survives; few edits need more.
 _STRETCHES: tuple[int | None, ...] = (3, 12, None)
-_CACHE = 1 << 19
+_CACHE = 1 << 17
 
 
 class Sample(NamedTuple):
@@ -204,6 +204,9 @@ def _take(stretch: _Stretch, tokens: list[int]) -> Splice | None:
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many items `a` and `b` share from the beginning."""
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return shorter
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -139,7 +139,12 @@ class Substitutes:
         return self._others(word, candidates[(candidates[:, None] != near).all(axis=1)])
 
     def _written(self, word: str, candidates: list[int], k: int) -> list[str]:
-        return list(dict.fromkeys(recase(self._words[i], word) for i in candidates))[:k]
+        different = dict.fromkeys(recase(self._words[i], word) for i in candidates[:k])
+        for i in candidates[k:]:
+            if len(different) == k:
+                break
+            different[recase(self._words[i], word)] = None
+        return list(different)
 
 
 def _closest(pool: np.ndarray, distance: np.ndarray, least: int) -> np.ndarray:

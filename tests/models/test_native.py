@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -45,9 +46,9 @@ def job() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def held_out(bridge: TransformerBridge) -> torch.Tensor:
     """[48, 128]: BOS and the first 127 tokens of held-out documents."""
-    texts = [text for _, text in stdlib.documents() if stdlib.split(text) == "held-out" and len(text) > 1_000]
-    encoded = [bridge.tokenizer(text)["input_ids"][:128] for text in texts[:96]]
-    full = [ids for ids in encoded if len(ids) == 128][:48]
+    texts = (text for _, text in stdlib.documents() if stdlib.split(text) == "held-out")
+    encoded = (bridge.tokenizer(text)["input_ids"][:128] for text in texts)
+    full = list(itertools.islice((ids for ids in encoded if len(ids) == 128), 48))
     if len(full) < 48:
         pytest.skip("too little source text in this Python installation")
     return torch.tensor(full)

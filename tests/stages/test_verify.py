@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from raylabel.config import VerifyConfig
@@ -130,6 +131,12 @@ def test_no_exemplars_give_an_empty_plan(samples: pa.Table) -> None:
     )
     assert plan["rows"].schema.equals(ROWS)
     assert (rows.num_rows, failures, variants.num_rows, verifications.num_rows) == (0, [], 0, 0)
+
+
+def test_a_sample_that_is_missing_is_named(known: Known, samples: pa.Table) -> None:
+    gone = known.exemplars["sample"][0].as_py()
+    with pytest.raises(ValueError, match=f"sample {gone}"):
+        make_plan(known.exemplars, samples.filter(pc.field("sample") != gone), Given(["dog"], []))
 
 
 def test_words_without_substitutes_leave_the_original(known: Known, samples: pa.Table) -> None:
