@@ -35,6 +35,9 @@ def run(config: RunConfig | str | Path) -> Run:
 def open_run(url: str | Path) -> Run:
     """Opens a run directory, a local path or an fsspec URL; BadInput if there is none."""
     directory = RunDir(str(url))
+    parent, _, last = str(url).rstrip("/").rpartition("/")
+    if last == "controls" and not directory.files.exists("run.json"):
+        directory = RunDir(parent or ".", controls=True)
     directory.info  # noqa: B018  (refuses what is no run directory)
     return Run(directory)
 

@@ -198,7 +198,7 @@ def status(
         for name in wrong:
             print(f"broken: {name}", file=sys.stderr)
         if wrong:
-            raise RunFailed(f"{len(wrong)} files are not what was committed; run the same command again to redo them")
+            raise RunFailed(f"{len(wrong)} files are not what was committed; delete them and run the same command again")
         _say("every file is what was committed")
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from raylabel.errors import BadInput
 
@@ -210,7 +210,9 @@ class ControlsConfig(_Section):
 
 
 def _stages(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) and value != "all" else value
+    if isinstance(value, str) and value != "all":
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
 
 
 class OutputConfig(_Section):
@@ -220,7 +222,7 @@ class OutputConfig(_Section):
     """Stages to run."""
     format: Literal["parquet", "arrow"] = "parquet"
     """File format of the tables."""
-    seed: int = 0
+    seed: NonNegative = 0
     """Seed of everything drawn at random."""
     max_failures: Share = 0.01
     """Share of a stage's neurons that may fail before the run stops."""
@@ -228,6 +230,14 @@ class OutputConfig(_Section):
     """inline, local, auto or HOST:PORT of a Ray cluster."""
     workers: Auto | Positive = "auto"
     """Workers of a stage; auto is one a GPU, or one a CPU core."""
+
+
+ORIGINAL: dict[str, dict[str, Any]] = {
+    "identify": {"weighting": "mean", "similarity": 0.6, "fdr": None, "criterion": "either"},
+    "verify": {"synonyms": 5, "normalised": 0.5, "normaliser": "max"},
+    "optimize": {"method": "descent"},
+    "describe": {"prompt": "mats"},
+}
 
 
 class RunConfig(_Section):
@@ -252,13 +262,22 @@ class RunConfig(_Section):
     run: OutputConfig = OutputConfig()
     """Where and how to run."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, tree: Any) -> Any:
+        """An empty section is a section without settings; a preset gives what is not given."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: {} if value is None and name != "preset" else value for name, value in tree.items()}
+        if tree.get("preset") == "original":
+            for section, values in ORIGINAL.items():
+                given = tree.get(section, {})
+                if isinstance(given, BaseModel):
+                    given = given.model_dump(exclude_unset=True)
+                if isinstance(given, dict):
+                    tree[section] = {**values, **given}
+        return tree
 
-ORIGINAL: dict[str, dict[str, Any]] = {
-    "identify": {"weighting": "mean", "similarity": 0.6, "fdr": None, "criterion": "either"},
-    "verify": {"synonyms": 5, "normalised": 0.5, "normaliser": "max"},
-    "optimize": {"method": "descent"},
-    "describe": {"prompt": "mats"},
-}
 
 UNUSED = {
     "optimize": "the concept search is not part of this version",
@@ -276,11 +295,6 @@ def build_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """Validates a tree of plain values; BadInput names the first key that is wrong and the nearest known one."""
     if not isinstance(tree, dict):
         raise BadInput(f"{where}: expected keys and values, e.g. `subject: {{model: gpt2}}`")
-    if tree.get("preset") == "original":
-        tree = {**tree}
-        for section, values in ORIGINAL.items():
-            if isinstance(tree.get(section, {}), dict):
-                tree[section] = {**values, **tree.get(section, {})}
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:

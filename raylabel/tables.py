@@ -90,7 +90,7 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
     ],
     "failures": [
         ("stage", pa.string()), ("unit", pa.string()), ("reason", pa.string()), ("attempts", pa.int32()),
-        ("layer", pa.int32()), ("neuron", pa.int32()), ("control", pa.string()),
+        ("layer", pa.int32()), ("neuron", pa.int32()), ("polarity", pa.int8()), ("control", pa.string()),
     ],
 }
 

@@ -109,6 +109,7 @@ class RayPool:
                     running[actor.run.remote(shared, unit.to_json(), attempt)] = (unit, attempt, actor)
                 ready, _ = ray.wait(list(running), num_returns=1)
                 unit, attempt, actor = running.pop(ready[0])
+                why: Exception
                 try:
                     done(json.loads(ray.get(ready[0])))
                     idle.append(actor)
@@ -169,7 +170,7 @@ class RayPool:
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=RayDeprecationWarning)
         attempts = {unit.id: attempt for unit, attempt in units}
         items = [{"unit": unit.to_json(), "payload": b"", "entry": "", "error": ""} for unit, _ in units]
-        rows = ray.data.from_items(items, override_num_blocks=len(items))
+        rows: Any = ray.data.from_items(items, override_num_blocks=len(items))
         links = step.worker.links
         heavy = self.workers if self.gpus == 0 else min(self.workers, self.gpus)
         for index, link in enumerate(links):

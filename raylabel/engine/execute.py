@@ -81,8 +81,10 @@ def merge(outputs: list[Output]) -> Output:
             shards.setdefault((shard.table, shard.layer, shard.controls), []).append(shard)
         # Parts of a unit write the same names: the reader gets all of them, in the order of the parts.
         whole.blobs += [replace(blob, part=len(whole.blobs) + i) for i, blob in enumerate(output.blobs)]
-    for (table, layer, controls), parts in shards.items():
-        whole.shards.append(Shard(table, pa.concat_tables([p.rows for p in parts]), layer, controls))
+    whole.shards = [
+        Shard(table, pa.concat_tables([p.rows for p in parts]), layer, controls)
+        for (table, layer, controls), parts in shards.items()
+    ]
     return whole
 
 

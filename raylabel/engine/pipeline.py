@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from raylabel.config import RunConfig
@@ -53,9 +54,11 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
 
     Raises BadInput for what the user can mend and RunFailed where the run cannot go on.
     """
+    config = absolute(config)
     run = RunDir(config.run.out)
     report = Report()
     wanted = chosen(config)
+    run.refuse_foreign()
     with locked(run.files):
         run.start(config.model_dump(mode="json"))
         prepare(run, config)
@@ -72,6 +75,23 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
             report.failures = write_failures(run, config.run.format)
             run.files.sweep()
     return report
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration with its local paths made absolute: workers may have another working directory."""
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    for section, key in (("run", "out"), ("subject", "model"), ("subject", "units"), ("identify", "vectors")):
+        _absolute(tree.get(section, {}), key, always=section == "run")
+    _absolute(tree.get("exemplars", {}).get("corpus", {}), "path")
+    if "run" not in tree or "out" not in tree["run"]:
+        tree.setdefault("run", {})["out"] = str(Path(config.run.out).absolute())
+    return RunConfig.model_validate(tree)
+
+
+def _absolute(section: dict[str, Any], key: str, always: bool = False) -> None:
+    value = section.get(key)
+    if isinstance(value, str) and "://" not in value and (always or Path(value).exists()):
+        section[key] = str(Path(value).absolute())
 
 
 def chosen(config: RunConfig) -> list[Stage]:
@@ -93,7 +113,12 @@ def check_needs(stage: Stage, wanted: list[Stage], run: RunDir, config: RunConfi
         if producer in wanted or before is None:
             continue
         check_needs(producer, wanted, run, config)
-        if plan_stage(producer, run, config)[0].digest != before.digest:
+        try:
+            now = plan_stage(producer, run, config)[0].digest
+        except BadInput:
+            # What it was made from may be gone; what it made is still there.
+            continue
+        if now != before.digest:
             raise BadInput(
                 f"run.stages: {stage.name} needs {name}, which was done with other settings or input in "
                 f"{run.files.url}; run {name} too"
@@ -113,15 +138,16 @@ def plan_stage(stage: Stage, run: RunDir, config: RunConfig) -> tuple[Plan, Any]
         inputs.append(digest([needed, used]))
     steps = stage.steps(run, config)
     values = settings(stage, config, run.resolved)
-    return make_plan(stage.name, stage.version, values, inputs, {s.name: s.keys for s in steps}), steps
+    keys = {s.name: s.keys for s in steps}
+    return make_plan(stage.name, stage.version, values, inputs, keys, stage.aside), steps
 
 
 def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say) -> Any:
     """Runs what is pending of a stage; opens the pool when there is something to run. Returns the pool."""
     plan, steps = plan_stage(stage, run, config)
     committed = run.committed(plan)
-    failed = sum(len(entry["failures"]) for entry in committed.values())
-    check_failures(stage.name, failed, run, config)
+    failed = set().union(*(failed_neurons(entry) for entry in committed.values()))
+    check_failures(stage.name, len(failed), run, config)
     before = run.plan(stage.name)
     same = before is not None and before.to_json() == plan.to_json()
     if same and len(committed) == len(plan.units) and all(run.complete(t) for t in stage.tables):
@@ -144,11 +170,11 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
         finished = 0
 
         def done(entry: dict[str, Any], step: Any = step, total: int = len(units)) -> None:
-            nonlocal failed, finished
+            nonlocal finished
             finished += 1
-            failed += len(entry["failures"])
+            failed.update(failed_neurons(entry))
             say(f"{stage.name}: {step.name} {finished}/{total}, {time.time() - started:.1f} s")
-            check_failures(stage.name, failed, run, config)
+            check_failures(stage.name, len(failed), run, config)
 
         try:
             pool.run(step, units, run.files, config.run.format, done)
@@ -157,6 +183,11 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
             raise RunFailed(f"{stage.name} cannot go on: {why}") from error
     run.finish(plan, stage.tables)
     return pool
+
+
+def failed_neurons(entry: dict[str, Any]) -> set[tuple[int, int]]:
+    """(layer, neuron) of the model's own units among a manifest entry's failures."""
+    return {(f["layer"], f["neuron"]) for f in entry["failures"] if "neuron" in f and not f.get("control")}
 
 
 def check_failures(stage: str, failed: int, run: RunDir, config: RunConfig) -> None:

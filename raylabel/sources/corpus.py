@@ -22,6 +22,8 @@ from raylabel.errors import BadInput
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 CHUNK_BYTES = 4_000_000
+HASHED = 64_000_000
+"""Files of at most this many bytes are known by their content."""
 DOCUMENT_CHARACTERS = 4_000
 _MARKS = re.compile(r"<\|endoftext\|>|\f")
 _BLANK = re.compile(r"\n[ \t]*\n")
@@ -82,13 +84,20 @@ def _file_chunks(files: list[Path]) -> list[Chunk]:
     size = CHUNK_BYTES + 1
     for file in files:
         status = os.stat(file)
-        entry = {"path": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns}
+        entry = {"path": str(file), "bytes": status.st_size, "mark": _mark(file, status)}
         if size + status.st_size > CHUNK_BYTES:
             made.append({"kind": "files", "files": []})
             size = 0
         made[-1]["files"].append(entry)
         size += status.st_size
     return made
+
+
+def _mark(file: Path, status: os.stat_result) -> str:
+    """Tells a changed file: a hash of its content, or of a large one the time of its last change."""
+    if status.st_size > HASHED:
+        return str(status.st_mtime_ns)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _file(file: Path, column: str) -> Iterator[str]:
@@ -162,8 +171,16 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
     if column not in opened.schema_arrow.names:
         raise BadInput(f"{file}: no column {column!r}; name it with exemplars.corpus.column")
     row = 0
-    for batch in opened.iter_batches(columns=[column]):
-        for value in batch.column(0).to_pylist():
+    batches = opened.iter_batches(columns=[column])
+    while True:
+        try:
+            batch = next(batches, None)
+            values = batch.column(0).to_pylist() if batch is not None else None
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{file}: cannot be read after row {row} ({type(error).__name__})") from None
+        if values is None:
+            return
+        for value in values:
             row += 1
             yield _value(value if value is not None else "", column, f"{file}, row {row}")
 
@@ -175,10 +192,8 @@ def _datasets(chunk: Chunk, column: str) -> Iterator[str]:
         raise BadInput("exemplars.corpus.path: reading a `datasets` corpus needs `pip install raylabel[datasets]`") from None
     name = chunk["path"]
     try:
-        if chunk["kind"] == "datasets":
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, streaming=True)
+        saved = chunk["kind"] == "datasets"
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
     except Exception as error:
         raise BadInput(
             f"exemplars.corpus.path: {name!r} is no file or folder, and `datasets` cannot load it ({type(error).__name__})"

@@ -75,7 +75,7 @@ def _tokens(config: RunConfig, tokenizer: Tokenizer, pieces: list[dict[str, Any]
 
 
 def _tokens_per_second(subject: Any, batch: int, context: int, layers: list[int]) -> float:
-    ids = torch.randint(0, max(len(subject.tokenizer) - 1, 1), (batch, context), device=subject.device)
+    ids = torch.randint(0, subject.anatomy.vocabulary, (batch, context), device=subject.device)
     subject.run(ids, layers, lambda *_: None)
     started = time.perf_counter()
     subject.run(ids, layers, lambda *_: None)

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from raylabel.config import RunConfig
 from raylabel.stages import identify
-from raylabel.stages.arrays import read_table, table_bytes
+from raylabel.stages.arrays import lists, read_table, table_bytes
 from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_decoys
+from raylabel.stages.samples import load_samples
 from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
@@ -25,6 +26,8 @@ from raylabel.tables import conform, from_rows, schema
 from raylabel.words.background import Background, fit_background
 from raylabel.words.vectors import Vectors
 
+WORD = 4
+"""Tokens beyond the phrase that a word at its edge may take."""
 NEURONS = 256
 """Neurons of a work unit."""
 TOP = (pc.field("sampling") == "top") & (pc.field("split") == "explain")
@@ -99,6 +102,9 @@ class MeasureLink:
         key = unit.key
         run = self.run.controls if key["controls"] else self.run
         exemplars = run.table("exemplars", key["layer"], (key["first"], key["last"]), filter=TOP)
+        kept, window = self.config.exemplars, self.config.identify.window
+        if min(kept.before, kept.after) < window + WORD:
+            exemplars = self._whole(exemplars)
         found = identify.measure(
             exemplars, self.background, self.config.identify.window, self.special, self.config.run.seed
         )
@@ -106,6 +112,27 @@ class MeasureLink:
         whole = _with_silent(found, numbers, key["controls"])
         whole = whole.append_column("layer", pa.array([key["layer"]] * whole.num_rows, pa.int32()))
         return Output(blobs=[Blob("controls.arrow" if key["controls"] else "units.arrow", table_bytes(whole), True)])
+
+
+    def _whole(self, exemplars: pa.Table) -> pa.Table:
+        """The exemplars with all of their sample's tokens, where the kept windows may cut a phrase or a word."""
+        numbers = exemplars.column("sample").to_numpy()
+        samples = load_samples(self.run, among=numbers)
+        rows = np.searchsorted(samples.numbers, numbers)
+        names = dict.fromkeys(self.special, "")
+        strings, starts = samples.strings(np.arange(len(samples.numbers)), names)
+        lengths = samples.lengths[rows]
+        inside = np.arange(int(lengths.sum())) - np.repeat(np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        tokens = strings.take(pa.array(np.repeat(starts[rows], lengths) + inside))
+        columns = {
+            "tokens": pa.ListArray.from_arrays(offsets, tokens),
+            "token_ids": lists(samples.ids[np.repeat(samples.offsets[rows], lengths) + inside], lengths, pa.int32()),
+            "position": pa.array(exemplars.column("start").to_numpy() + exemplars.column("position").to_numpy()),
+        }
+        for name, column in columns.items():
+            exemplars = exemplars.set_column(exemplars.schema.get_field_index(name), name, column)
+        return exemplars
 
 
 def _with_silent(found: pa.Table, statistics: pa.Table, controls: bool) -> pa.Table:

@@ -14,14 +14,19 @@ import torch
 from raylabel.config import RunConfig
 from raylabel.models.controls import Decoys, draw_directions, fit_decoys
 from raylabel.stages.samples import Samples
+from raylabel.stages.state import sinks
 
 PILOT_SAMPLES = 64
 
 
+def pilot_samples(n: int) -> np.ndarray:
+    """Numbers of the samples that a pilot over n samples looks at, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, PILOT_SAMPLES).astype(np.int64))
+
+
 def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConfig) -> dict[str, np.ndarray]:
     """Arrays `sink.L`, `mean.L` [width] and, with decoys, `centre.L`, `gain.L`, `offset.L` of every layer L."""
-    rows = np.unique(np.linspace(0, len(samples.numbers) - 1, PILOT_SAMPLES).astype(np.int64))
-    ids, lengths = samples.padded(rows, subject.pad_id)
+    ids, lengths = samples.padded(np.arange(len(samples.numbers)), subject.pad_id)
     tokens = torch.from_numpy(ids).to(subject.device)
     inside = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
     usual = (inside & ~torch.isin(torch.from_numpy(ids), torch.tensor(sorted(subject.special_ids)))).to(subject.device)
@@ -31,8 +36,9 @@ def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConf
 
     def visit(layer: int, acts: torch.Tensor, resid: torch.Tensor) -> None:
         norms = resid.float().norm(dim=-1)
-        sink = config.exemplars.sink_factor * float(norms[usual].median())
-        chosen = torch.nan_to_num(acts.float()[usual & (norms <= sink)], nan=0.0, posinf=0.0, neginf=0.0)
+        known = norms[usual & torch.isfinite(norms)]
+        sink = config.exemplars.sink_factor * float(known.median()) if len(known) else float("inf")
+        chosen = torch.nan_to_num(acts.float()[usual & ~sinks(resid, sink)], nan=0.0, posinf=0.0, neginf=0.0)
         found[f"sink.{layer}"] = np.array(sink, dtype=np.float32)
         found[f"mean.{layer}"] = chosen.double().mean(0).float().cpu().numpy()
         if config.controls.decoys:

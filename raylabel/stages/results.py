@@ -61,12 +61,12 @@ def interval(k: int, n: int) -> tuple[float | None, float | None, float | None]:
 
 def join(
     neurons: list[int], signs: tuple[int, ...], candidates: list[Row], verifications: list[Row], statistics: list[Row],
-    failed: dict[int, str], site: str,
+    failed: dict[tuple[int, int | None], str], site: str,
 ) -> list[Row]:  # fmt: skip
     """Rows of `results` for all wanted neurons of a layer, from the rows of the other tables.
 
     Args:
-        failed: neuron -> reason, for neurons that are in `failures`.
+        failed: (neuron, polarity) -> reason, for what is in `failures`; polarity None stands for both.
     """
     found = [{(r["neuron"], r["polarity"]): r for r in rows} for rows in (candidates, verifications, statistics)]
     rows = []
@@ -74,7 +74,8 @@ def join(
         for sign in signs:
             candidate, verification, numbers = (table.get((neuron, sign)) for table in found)
             row: Row = {"neuron": neuron, "polarity": sign, "site": site, "flagged": False, "verified": False}
-            row["status"] = "failed" if neuron in failed else "too_few"
+            why = failed.get((neuron, None)) or failed.get((neuron, sign))
+            row["status"] = "too_few"
             if candidate is not None:
                 row |= {name: candidate[name] for name in _FROM_CANDIDATES}
                 if candidate["mat_words"]:
@@ -84,8 +85,8 @@ def join(
                 row |= {name: verification[name] for name in _FROM_VERIFICATIONS}
             if numbers is not None:
                 row["max"] = numbers["max"]
-            if neuron in failed:
-                row |= {"status": "failed", "flagged": False, "verified": False, "description": failed[neuron]}
+            if why is not None:
+                row |= {"status": "failed", "flagged": False, "verified": False, "description": why}
             rows.append(row)
     return rows
 
@@ -104,7 +105,8 @@ class ResultsWorker:
         site = self.facts["sites"][layer]
         failures = [f for f in failure_rows(self.run) if f.get("layer") == layer]
         mine, theirs = (
-            {f["neuron"]: f["reason"] for f in failures if f.get("control") == control} for control in (None, "decoy")
+            {(f["neuron"], f.get("polarity")): f["reason"] for f in failures if f.get("control") == control}
+            for control in (None, "decoy")
         )
         rows = join(neurons, polarities(self.config, self.facts), *self._tables(self.run, layer), mine, site)
         shards = [Shard("results", from_rows(rows, "results"), layer)]
@@ -164,5 +166,5 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 RESULTS = Stage(
     name="results", version=1, needs=("scan", "identify", "verify"), tables=("results", "calibration"), steps=_steps,
-    reads=("subject.units", "subject.layers", "subject.neurons", "subject.polarity", "run.format"),
+    facts=("units",), reads=("subject.polarity", "run.format"),
 )  # fmt: skip

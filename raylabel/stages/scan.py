@@ -18,7 +18,7 @@ from torch import Tensor
 from raylabel.config import RunConfig
 from raylabel.stages.arrays import array_bytes, lists, read_arrays, read_table, table_bytes
 from raylabel.stages.base import Key, Stage, Step, neuron_ranges
-from raylabel.stages.pilot import load_decoys, run_pilot
+from raylabel.stages.pilot import load_decoys, pilot_samples, run_pilot
 from raylabel.stages.running import hash_keys
 from raylabel.stages.samples import Samples, load_samples
 from raylabel.stages.select import (
@@ -66,7 +66,7 @@ class Scanner:
     @property
     def subject(self) -> Any:
         """The loaded subject."""
-        return open_subject(self.config)
+        return open_subject(self.config, self.facts)
 
     def open(self) -> None:
         """Reads the pilot and makes the layers' setups on the subject's device."""
@@ -115,7 +115,8 @@ class PilotWorker(Scanner):
     """`pilot.npz`."""
 
     def __call__(self, unit: Unit) -> Output:
-        arrays = run_pilot(self.subject, load_samples(self.run), self.layers, self.config)
+        few = load_samples(self.run, among=pilot_samples(self.run.dataset("samples").count_rows()))
+        arrays = run_pilot(self.subject, few, self.layers, self.config)
         return Output(blobs=[Blob("pilot.npz", array_bytes(arrays))])
 
 
@@ -171,6 +172,8 @@ class SelectWorker(Scanner):
         random = random_samples(index.column("sample").to_numpy(), explain, self.config.exemplars.random, self.seed)
         won = winners(state, columns, random, self.config.exemplars.quantile)
         rows = statistics(state, columns, self.facts["sites"][layer], self.effects(layer, setup), self.names())
+        # By unit, not by polarity: a reader of a range of neurons finds its rows together.
+        rows = sorted(rows, key=lambda r: (r["neuron"], -r["polarity"]))
         shards = [
             Shard("statistics", from_rows([_without_decoy(r) for r in rows if not r["decoy"]], "statistics"), layer)
         ]
@@ -192,11 +195,7 @@ class SelectWorker(Scanner):
     def names(self) -> list[str]:
         """A readable string for every token id."""
         tokenizer = self.subject.tokenizer
-        return [tokenizer.decode([i]) for i in range(max(len(tokenizer), self.vocabulary()))]
-
-    def vocabulary(self) -> int:
-        """Rows of the unembedding, which may exceed the tokenizer's."""
-        return int(getattr(self.subject, "vocabulary", 0))
+        return [tokenizer.decode([i]) for i in range(max(tokenizer.get_vocab().values()) + 1)]
 
     def failures(self, layer: int, state: LayerState) -> list[dict[str, Any]]:
         """One failure for every unit that gave NaN or infinite activations."""
@@ -384,8 +383,9 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     units = wanted_units(config, facts)
     on_gpu = facts["device"].startswith("cuda")
     batch = config.subject.batch if config.subject.batch != "auto" else GPU_BATCH if on_gpu else CPU_BATCH
-    resolved = {**facts, "batch": power_of_two(int(batch)), "n_units": sum(len(n) for n in units.values())}
-    run.resolve(resolved, of=digest([config.subject.model_dump(mode="json"), facts]))
+    wanted = digest({str(layer): neurons for layer, neurons in units.items()})
+    resolved = {**facts, "batch": power_of_two(int(batch)), "units": wanted, "n_units": sum(map(len, units.values()))}
+    run.resolve(resolved, of=digest([config.subject.model_dump(mode="json"), facts, wanted]))
     leases = lease_keys(run.dataset("samples").count_rows(), run.resolved["batch"])
     close = neuron_ranges(units, CLOSE_NEURONS)
     seen: set[int] = set()
@@ -402,8 +402,8 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 SCAN = Stage(
-    name="scan", version=1, needs=("tokenize",), tables=("exemplars", "statistics"), steps=_steps,
-    facts=("batch",),
+    name="scan", version=1, needs=("tokenize", "tokenize.subject"), tables=("exemplars", "statistics"), steps=_steps,
+    facts=("batch", "units"),
     reads=(
         "subject.units", "subject.layers", "subject.neurons", "subject.polarity", "exemplars.top", "exemplars.quantile",
         "exemplars.random", "exemplars.before", "exemplars.after", "exemplars.sink_factor", "controls.decoys",

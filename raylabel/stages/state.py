@@ -52,9 +52,18 @@ class LayerSetup:
 
 
 def valid(ids: Tensor, lengths: Tensor, special: Tensor, resid: Tensor, sink: float) -> Tensor:
-    """[B, T] positions that count: not padding, not a special token, not an attention sink."""
+    """[B, T] positions that count: not padding, not a special token, not an attention sink.
+
+    A residual that is not finite is no sink: its position counts, and the units that see it are reported.
+    """
     inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    return inside & ~torch.isin(ids, special) & (resid.float().norm(dim=-1) <= sink)
+    return inside & ~torch.isin(ids, special) & ~sinks(resid, sink)
+
+
+def sinks(resid: Tensor, sink: float) -> Tensor:
+    """[B, T] positions whose residual [B, T, d_model] has a finite norm above `sink`."""
+    norm = resid.float().norm(dim=-1)
+    return torch.isfinite(norm) & (norm > sink)
 
 
 class LayerState:

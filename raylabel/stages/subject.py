@@ -19,9 +19,16 @@ HASHED_WHOLE = 64_000_000
 """Weights files up to this many bytes are hashed whole, larger ones at their two ends."""
 
 
-def open_subject(config: RunConfig) -> Any:
-    """The loaded subject of a configuration (see raylabel.models.subject); the last one opened is kept."""
-    return _open(config.subject.model_dump_json(), fingerprint(config))
+def open_subject(config: RunConfig, facts: dict[str, Any] | None = None) -> Any:
+    """The loaded subject of a configuration (see raylabel.models.subject); the last one opened is kept.
+
+    With the facts of a run that has begun, `auto` means what it meant then: the same precision on the same kind of device.
+    """
+    subject = config.subject
+    if facts is not None:
+        device = facts["device"].split(":")[0] if subject.device == "auto" else subject.device
+        subject = subject.model_copy(update={"dtype": facts["dtype"], "device": device})
+    return _open(subject.model_dump_json(), fingerprint(config))
 
 
 @lru_cache(maxsize=1)
@@ -72,12 +79,14 @@ def fingerprint(config: RunConfig) -> str:
 def facts(config: RunConfig) -> dict[str, Any]:
     """What later stages need to know of the subject without loading it."""
     subject = open_subject(config)
+    tokenizer = subject.tokenizer.backend_tokenizer.to_str()
     return {
         "name": subject.name, "revision": subject.revision, "n_layers": subject.n_layers, "width": subject.width,
         "polarities": list(subject.polarities), "prepend_bos": subject.prepend_bos, "bos_id": subject.bos_id,
         "pad_id": subject.pad_id, "special_ids": sorted(subject.special_ids), "site": subject.site,
         "sites": [subject.hook_name(layer) for layer in range(subject.n_layers)],
-        "max_context": subject.max_context, "dtype": str(subject.dtype).removeprefix("torch."), "device": str(subject.device),
+        "max_context": subject.max_context, "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest()[:16],
+        "dtype": str(subject.dtype).removeprefix("torch."), "device": str(subject.device),
     }  # fmt: skip
 
 

@@ -224,9 +224,12 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     corpus = config.exemplars.corpus
     if corpus.path is None:
         raise BadInput("exemplars.corpus.path is required: a text file, a folder, or `stdlib`")
+    model = fingerprint(config)
+    subject = config.subject.model_dump(mode="json", include={"site", "dtype", "device", "trust_remote_code"})
+    pieces = [{**chunk, "model": model} for chunk in chunks(corpus.path, corpus.column)]
     steps = [
-        Step("subject", [{"model": fingerprint(config)}], SubjectWorker, model=True),
-        Step("read", list(chunks(corpus.path, corpus.column)), ReadWorker),
+        Step("subject", [{**subject, "model": model}], SubjectWorker, model=True),
+        Step("read", pieces, ReadWorker),
         Step("samples", [{}], NumberWorker),
     ]
     if config.identify.vectors == "train":
@@ -235,10 +238,9 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 TOKENIZE = Stage(
-    name="tokenize", version=1, needs=(), tables=("samples",), steps=_steps, aside=("vectors",),
+    name="tokenize", version=1, needs=(), tables=("samples",), steps=_steps, aside=("subject", "vectors"),
     reads=(
-        "subject.model", "subject.revision", "subject.site", "subject.context", "subject.bos", "subject.dtype",
-        "subject.device", "subject.trust_remote_code", "exemplars.source", "exemplars.corpus",
-        "run.format", "run.seed",
+        "subject.model", "subject.revision", "subject.context", "subject.bos", "exemplars.source", "exemplars.corpus",
+        "run.format",
     ),
 )  # fmt: skip

@@ -84,7 +84,7 @@ class RemeasureLink(Link):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.subject = open_subject(self.config)
+        self.subject = open_subject(self.config, self.facts)
         self.pilot = read_arrays(self.run.files.read("pilot.npz"))
 
     def __call__(self, unit: Unit, plan: dict[str, pa.Table]) -> dict[str, pa.Table]:
@@ -126,10 +126,12 @@ class SummariseLink(Link):
         failures: list[dict[str, Any]] = []
         for row in payload["failures"].to_pylist():
             marked = {"control": row["control"]} if row["control"] else {}
-            failures.append({"layer": layer, "neuron": row["neuron"], "reason": row["reason"], **marked})
+            place = {"layer": layer, "neuron": row["neuron"], "polarity": row["polarity"]}
+            failures.append({**place, "reason": row["reason"], **marked})
         for key, why in notes.items():
             if key[0] is None:
-                failures.append({"layer": layer, "neuron": key[1], "reason": f"exemplars are not reproduced: {why}"})
+                place = {"layer": layer, "neuron": key[1], "polarity": key[2]}
+                failures.append({**place, "reason": f"exemplars are not reproduced: {why}"})
         return Output([shard], [Blob(f"layer={layer}.arrow", table_bytes(verifications), True)], failures)
 
 

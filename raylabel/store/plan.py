@@ -76,7 +76,12 @@ def digest(values: Any) -> str:
 
 
 def make_plan(
-    stage: str, version: int, settings: dict[str, Any], inputs: Iterable[str], steps: dict[str, list[dict[str, Any]]]
+    stage: str,
+    version: int,
+    settings: dict[str, Any],
+    inputs: Iterable[str],
+    steps: dict[str, list[dict[str, Any]]],
+    aside: Iterable[str] = (),
 ) -> Plan:
     """The plan of a stage whose steps have the given unit keys.
 
@@ -84,11 +89,13 @@ def make_plan(
         settings: the config values the stage reads.
         inputs: digests of the plans of the stages it reads from.
         steps: keys of the units of each step; every step depends on the whole step before it.
+        aside: steps that the steps after them do not depend on.
     """
     before = digest([stage, version, settings, sorted(inputs)])
     units: list[Unit] = []
     for step, keys in steps.items():
         new = [Unit(digest([before, step, key]), stage, step, key) for key in keys]
         units += new
-        before = digest([before, step, [u.id for u in new]])
+        if step not in aside:
+            before = digest([before, step, [u.id for u in new]])
     return Plan(stage, version, units)

@@ -67,16 +67,17 @@ class RunDir:
                 )
         return self._info
 
-    def start(self, config: dict[str, Any]) -> None:
-        """Makes run.json, or adds a changed configuration to the one that is there.
+    def refuse_foreign(self) -> None:
+        """BadInput for a folder that holds something else: finishing a stage would delete what lies in its tables' folders."""
+        if not self.files.exists("run.json") and any(not name.startswith(OWN) for name in self.files.names()):
+            raise BadInput(f"{self.files.url}: not empty and not a run directory; give another --out")
 
-        BadInput for a folder that holds something else: finishing a stage would delete what lies in its tables' folders.
-        """
+    def start(self, config: dict[str, Any]) -> None:
+        """Makes run.json, or adds a changed configuration to the one that is there."""
         if self.files.exists("run.json"):
             info = self.info
         else:
-            if any(not name.startswith(OWN) for name in self.files.names()):
-                raise BadInput(f"{self.files.url}: not empty and not a run directory; give another --out")
+            self.refuse_foreign()
             info = {"schema_version": SCHEMA_VERSION, "created": time.time(), "resolved": {}, "configs": []}
         if not info["configs"] or info["configs"][-1]["config"] != config:
             info["configs"].append({"started": time.time(), "config": config, "versions": versions()})
@@ -129,14 +130,15 @@ class RunDir:
             try:
                 entry = json.loads(self.files.read(name))
                 entries[entry["unit"]] = entry
-            except (ValueError, KeyError, FileNotFoundError):
+            except (ValueError, KeyError, TypeError, FileNotFoundError):
                 continue
         return entries
 
     def committed(self, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Entries of the plan's units whose files are all there with the recorded size.
+        """Entries of the plan's units, in its order, whose files are all there with the recorded size.
 
-        Temporary files count until the last step is committed, after which nobody needs them.
+        Temporary files count until the last step is committed, after which nobody needs them. A blob has no unit in
+        its name, so that a run with other settings may have put its own in the place: its content counts.
         """
         entries = self.manifest(plan.stage)
         sizes = self._sizes(entries)
@@ -146,8 +148,14 @@ class RunDir:
             if unit.id in entries and not entries[unit.id]["failed"]
         }
 
+        def same(file: dict[str, Any]) -> bool:
+            if sizes.get(file["path"]) != file["bytes"]:
+                return False
+            named = "name" in file and not file["temporary"]
+            return not named or hashlib.sha256(self.files.read(file["path"])).hexdigest() == file["sha256"]
+
         def there(entry: dict[str, Any], temporaries: bool) -> bool:
-            return all(sizes.get(f["path"]) == f["bytes"] for f in entry["files"] if temporaries or not f.get("temporary"))
+            return all(same(f) for f in entry["files"] if temporaries or not f.get("temporary"))
 
         steps = plan.steps()
         last = {u.id for u in plan.units if steps and u.step == steps[-1]}
@@ -179,16 +187,6 @@ class RunDir:
                     wrong.append(file["path"])
         return sorted(wrong)
 
-    def blob(self, stage: str, name: str) -> bytes:
-        """A file that a committed unit of `stage` wrote under `name`; FileNotFoundError if there is none."""
-        plan = self.plan(stage)
-        units = {u.id for u in plan.units} if plan else set()
-        for entry in self.manifest(stage).values():
-            for file in entry["files"]:
-                if file.get("name") == name and entry["unit"] in units and not entry["failed"]:
-                    return self.files.read(file["path"])
-        raise FileNotFoundError(f"{self.files.url}: stage {stage} has no file {name}")
-
     def temporaries(self, unit: Unit, step: str, name: str | None = None) -> Iterator[tuple[Unit, bytes]]:
         """(unit, bytes) of the temporary files that a step of the same stage committed (as `name`), in plan order."""
         plan = self.plan(unit.stage)
@@ -217,7 +215,7 @@ class RunDir:
             if unit_id not in units:
                 self.files.delete(f"_manifest/{plan.stage}/{unit_id}.json")
         for top in reversed(tops):
-            files = sorted(name for name in rows if name.startswith(f"{top}/"))
+            files = [name for name in rows if name.startswith(f"{top}/")]
             if files or not top.startswith("controls/"):
                 mark = {"stage": plan.stage, "plan": plan.digest, "rows": sum(rows[f] for f in files), "files": files}
                 self.files.write(f"{top}/_SUCCESS", json.dumps(mark).encode())
@@ -240,24 +238,23 @@ class RunDir:
     # readers
 
     def paths(self, table: str, layer: int | None = None) -> list[str]:
-        """Committed files of a table, sorted."""
+        """Committed files of a table, in the order of the plan: by layer and neuron."""
         top = f"controls/{table}" if self.in_controls else table
         prefix = f"{top}/" if layer is None else f"{top}/layer={layer:02d}/"
         with contextlib.suppress(FileNotFoundError):
             mark = json.loads(self.files.read(f"{top}/_SUCCESS"))
             if "files" in mark:
-                return sorted(name for name in mark["files"] if name.startswith(prefix))
-        found: set[str] = set()
+                return [name for name in mark["files"] if name.startswith(prefix)]
+        found: list[str] = []
         for name in self.files.sizes("_plan"):
             stage = name.removeprefix("_plan/").removesuffix(".json")
             plan = self.plan(stage) if name.endswith(".json") and "/.tmp-" not in name else None
             if plan is None:
                 continue
-            units = {u.id for u in plan.units}
-            for unit_id, entry in self.manifest(stage).items():
-                if unit_id in units:
-                    found |= {f["path"] for f in entry["files"] if f["path"].startswith(prefix)}
-        return sorted(found)
+            entries = self.manifest(stage)
+            for entry in (entries[unit.id] for unit in plan.units if unit.id in entries):
+                found += [f["path"] for f in entry["files"] if f["path"].startswith(prefix)]
+        return found
 
     def dataset(self, table: str, layer: int | None = None) -> ds.Dataset:
         """A table as a pyarrow dataset, with the column `layer` from its path where it is per unit."""
