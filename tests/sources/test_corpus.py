@@ -38,7 +38,8 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_marks_and_form_feeds_divide_a_text_file(tmp_path: Path) -> None:
-    assert read(file(tmp_path, "a.txt", "One.<|endoftext|>Two.\n<|endoftext|>\n \n<|endoftext|>Three.")) == ["One.", "Two.\n", "Three."]
+    marked = "One.<|endoftext|>Two.\n<|endoftext|>\n \n<|endoftext|>Three."
+    assert read(file(tmp_path, "a.txt", marked)) == ["One.", "Two.\n", "Three."]
     assert read(file(tmp_path, "b.txt", "One.\fTwo.\f\fThree.")) == ["One.", "Two.", "Three."]
 
 

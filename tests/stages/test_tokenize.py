@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,11 @@ def samples(
 def pieces(row: dict[str, Any]) -> list[str]:
     """The text of each token, by `ends`."""
     ends = [0, *row["ends"]]
-    return [row["text"][a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [row["text"][a:b] for a, b in itertools.pairwise(ends)]
 
 
-texts = st.lists(
-    st.one_of(st.text(max_size=40), st.lists(st.sampled_from([*WORDS, "é", "🙂", "\n", "  ", "naïve"]), max_size=25).map(" ".join)),
-    max_size=5,
-)
+of_words = st.lists(st.sampled_from([*WORDS, "é", "🙂", "\n", "  ", "naïve"]), max_size=25).map(" ".join)
+texts = st.lists(st.one_of(st.text(max_size=40), of_words), max_size=5)
 
 
 @settings(deadline=None, max_examples=150)
@@ -79,7 +78,7 @@ def test_the_bodies_of_a_document_join_to_it(documents: list[str], context: int,
             if bos is not None:
                 assert (row["token_ids"][0], row["ends"][0]) == (bos, 0)
             assert row["round_trips"] == (encode(made, [row["text"]])[0][0].tolist() == row["token_ids"][bos is not None :])
-        assert all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+        assert all(a <= b for a, b in itertools.pairwise(ends))
 
 
 def test_bodies_hold_context_tokens_less_the_bos_and_the_tail_stays() -> None:
@@ -229,5 +228,5 @@ def test_a_corpus_without_text_or_smaller_than_a_sample_is_bad_input(tiny_model:
 def test_a_corpus_of_documents_for_scoring_only_is_bad_input(tiny_model: Path, tmp_path: Path) -> None:
     text = next(word for word in WORDS if split_of(word) == "score")
     (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(BadInput, match="too few documents .* to explain with; add text"):
+    with pytest.raises(BadInput, match=r"too few documents .* to explain with; add text"):
         runs(tiny_model, tmp_path / "a.txt", tmp_path / "run")
