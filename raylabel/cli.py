@@ -19,6 +19,9 @@ from raylabel.config import RunConfig, load_config, unused_keys
 from raylabel.errors import BadInput, RunFailed
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+INTERRUPTED = 130
+"""Typer's own code for an interrupt; no command gives it otherwise."""
+STOPPED = "stopped; run the same command again to go on"
 DEMO = Path(__file__).parent / "demo" / "demo.yaml"
 
 Out = Annotated[str | None, typer.Option("--out", help="Run directory: a path or an fsspec URL.")]
@@ -39,16 +42,16 @@ def run_command(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(arguments or ["--help"], standalone_mode=False)
-        return int(code or 0)
+        code = int(app(arguments or ["--help"], standalone_mode=False) or 0)
+        return code if code != INTERRUPTED else _complain(STOPPED, INTERRUPTED)
     except BadInput as error:
         return _complain(str(error), 2)
     except RunFailed as error:
         return _complain(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped; run the same command again to go on", 130)
+        return _complain(STOPPED, INTERRUPTED)
     except _Terminated:
-        return _complain("stopped; run the same command again to go on", 143)
+        return _complain(STOPPED, 143)
     except BrokenPipeError:
         return 0
     except Exception as error:

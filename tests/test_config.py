@@ -76,12 +76,14 @@ def test_every_field_says_what_it_is() -> None:
     [
         ({"subject": {"modle": "a"}}, "unknown key subject.modle; did you mean subject.model?"),
         ({"subjet": {"model": "a"}}, "unknown key subjet; did you mean subject?"),
-        ({**MINIMAL, "exemplars": {"corpus": {"tokns": 5}}}, "unknown key exemplars.corpus.tokns; did you mean exemplars.corpus.tokens?"),
+        ({**MINIMAL, "exemplars": {"corpus": {"tokns": 5}}}, "unknown key exemplars.corpus.tokns; did you mean "
+         "exemplars.corpus.tokens?"),
         ({**MINIMAL, "verfiy": {}}, "unknown key verfiy; did you mean verify?"),
         ({}, "subject.model is required, e.g. subject.model: demo"),
         ({"subject": {}}, "subject.model is required, e.g. subject.model: demo"),
         ({"subject": "gpt2"}, "subject: expected keys and values below it, not 'gpt2'"),
-        ({**MINIMAL, "controls": None}, "controls: expected keys and values below it, not None"),
+        ({**MINIMAL, "controls": 5}, "controls: expected keys and values below it, not 5"),
+        ({"subject": None}, "subject.model is required, e.g. subject.model: demo"),
         ({"subject": {"model": "a", "layers": 5}}, "subject.layers: should be 'all' or a valid list, not 5"),
         ({"subject": {"model": "a", "layers": [-1]}}, "subject.layers: should be 'all' or greater than or equal to 0, not [-1]"),
         ({"subject": {"model": "a", "neurons": [3]}}, "subject.neurons: should be 'all' or a longer list, not [3]"),
@@ -174,9 +176,14 @@ def test_the_original_methods_settings() -> None:
     assert (config.verify.synonyms, config.verify.normalised, config.verify.normaliser) == (5, 0.5, "max")
     assert config.optimize.method == "descent"
     assert config.describe.prompt == "mats"
-    assert unused_keys(config) == []
+    # What it sets for stages that are not built yet is said, as if it had been written out.
+    assert {line.split()[0] for line in unused_keys(config)} == {"optimize", "describe"}
     other = build_config(MINIMAL)
     assert (other.identify.similarity, other.identify.fdr, other.verify.normaliser) == (None, 0.05, "p99")
+
+
+def test_an_empty_section_is_all_defaults() -> None:
+    assert build_config({**MINIMAL, "controls": None, "exemplars": None}) == build_config(MINIMAL)
 
 
 def test_a_setting_given_beside_the_preset_wins() -> None:
