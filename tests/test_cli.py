@@ -157,7 +157,9 @@ def test_a_missing_or_broken_configuration(command: Command, tmp_path: Path) -> 
     refused(command("run", tmp_path / "list.yaml", "--out", "x"), "list.yaml: expected keys and values")
 
 
-@pytest.mark.parametrize("override", ["verify.synonyms", "verify=3", "verify.synonyms=many", "verify.synonims=2", "verify.synonyms=["])
+@pytest.mark.parametrize(
+    "override", ["verify.synonyms", "verify=3", "verify.synonyms=many", "verify.synonims=2", "verify.synonyms=["]
+)
 def test_a_bad_override(command: Command, tree: dict[str, Any], tmp_path: Path, override: str) -> None:
     refused(command("run", write(tree, tmp_path), "--set", override), "verify")
 
