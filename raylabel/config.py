@@ -296,10 +296,9 @@ def build_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
     if not isinstance(tree, dict):
         raise BadInput(f"{where}: expected keys and values, e.g. `subject: {{model: gpt2}}`")
     try:
-        config = RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise BadInput(f"{where}: {_explain(error)}") from None
-    return config
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
