@@ -6,6 +6,7 @@ done. What cannot be cut raises UnitFailed. Keys that are known to end the proce
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -90,5 +91,5 @@ def merge(outputs: list[Output]) -> Output:
 
 def reason(error: BaseException) -> str:
     """One line that says what went wrong."""
-    text = " ".join(str(error).split())
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     return f"{type(error).__name__}: {text}"[:300]

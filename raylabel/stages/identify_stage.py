@@ -122,7 +122,7 @@ class MeasureLink:
         names = dict.fromkeys(self.special, "")
         strings, starts = samples.strings(np.arange(len(samples.numbers)), names)
         lengths = samples.lengths[rows]
-        inside = np.arange(int(lengths.sum())) - np.repeat(np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+        inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         tokens = strings.take(pa.array(np.repeat(starts[rows], lengths) + inside))
         columns = {
