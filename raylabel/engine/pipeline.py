@@ -181,6 +181,9 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
         except (UnitFailed, OSError) as error:
             why = str(error) if isinstance(error, UnitFailed) else reason(error)
             raise RunFailed(f"{stage.name} cannot go on: {why}") from error
+    lost = len(plan.units) - len(run.committed(plan))
+    if lost:
+        raise RunFailed(f"{stage.name}: files of {lost} units are gone or cut short; run the same command again")
     run.finish(plan, stage.tables)
     return pool
 

@@ -186,18 +186,16 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
 
 
 def _datasets(chunk: Chunk, column: str) -> Iterator[str]:
+    name, saved = chunk["path"], chunk["kind"] == "datasets"
+    what = "a folder saved by `datasets`;" if saved else "no file or folder; as the hub name of a dataset"
     try:
         import datasets
     except ImportError:
-        raise BadInput("exemplars.corpus.path: reading a `datasets` corpus needs `pip install raylabel[datasets]`") from None
-    name = chunk["path"]
+        raise BadInput(f"exemplars.corpus.path: {name!r} is {what} it needs `pip install raylabel[datasets]`") from None
     try:
-        saved = chunk["kind"] == "datasets"
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
     except Exception as error:
-        raise BadInput(
-            f"exemplars.corpus.path: {name!r} is no file or folder, and `datasets` cannot load it ({type(error).__name__})"
-        ) from None
+        raise BadInput(f"exemplars.corpus.path: {name!r} is {what} it cannot be loaded ({type(error).__name__})") from None
     if isinstance(loaded, dict):
         loaded = loaded.get("train") or next(iter(loaded.values()))
     for number, row in enumerate(loaded, 1):

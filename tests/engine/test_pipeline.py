@@ -64,6 +64,13 @@ def test_a_finished_run_is_left_alone(copied: RunDir, config: RunConfig) -> None
     assert started(copied) == before
 
 
+def test_what_a_killed_process_was_writing_is_swept_away(copied: RunDir, config: RunConfig) -> None:
+    for folder in ("", "_manifest/scan/", "_plan/", "samples/", "controls/results/layer=01/", "failures/"):
+        Path(copied.files.path(f"{folder}.tmp-0123456789ab-x.parquet")).write_bytes(b"half")
+    run_pipeline(config)
+    assert_tidy(copied)
+
+
 @pytest.mark.parametrize(
     ("values", "redone"),
     [
@@ -207,6 +214,36 @@ def test_a_stage_that_cannot_go_on_ends_the_run_with_its_reason(config: RunConfi
     monkeypatch.undo()
     run_pipeline(config)
     assert RunDir(config.run.out).complete("results")
+
+
+def test_files_that_go_while_a_stage_runs_are_missed(config: RunConfig, finished: RunDir) -> None:
+    def say(line: str) -> None:
+        if line.startswith("scan: close 3/3"):
+            run = RunDir(config.run.out)
+            Path(run.files.path(run.paths("exemplars", 0)[0])).unlink()
+
+    with pytest.raises(RunFailed, match="scan: files of 1 units are gone or cut short; run the same command again"):
+        run_pipeline(config, say)
+    assert not RunDir(config.run.out).complete("exemplars")
+    run_pipeline(config)
+    assert differing(finished, RunDir(config.run.out)) == []
+
+
+@pytest.mark.parametrize("decoys", [0, 3])
+def test_a_list_of_units_and_both_ends_of_them(tiny_model: Path, tiny_corpus: Path, tmp_path: Path, decoys: int) -> None:
+    units = [[2, 30], [0, 1], [2, 3]]
+    config = tiny_config(
+        tiny_model, tiny_corpus, tmp_path / "run", subject={"units": units, "polarity": "both"}, controls={"decoys": decoys}
+    )
+    run_pipeline(config)
+    run = RunDir(config.run.out)
+    wanted = [(0, 1, 1), (0, 1, -1), (2, 3, 1), (2, 3, -1), (2, 30, 1), (2, 30, -1)]
+    for name in ("statistics", "candidates", "results"):
+        assert [(r["layer"], r["neuron"], r["polarity"]) for r in run.table(name).to_pylist()] == wanted
+        assert run.controls.table(name).num_rows == 2 * decoys
+    assert {(r["layer"], r["neuron"]) for r in run.table("exemplars").to_pylist()} <= {(0, 1), (2, 3), (2, 30)}
+    assert run.table("calibration").num_rows == (2 if decoys else 0)
+    assert run.complete("calibration")
 
 
 def test_rows_of_an_unfinished_stage_are_read_from_its_manifests(config: RunConfig, finished: RunDir) -> None:

@@ -154,6 +154,21 @@ def test_a_saved_datasets_folder_is_read(tmp_path: Path) -> None:
     assert chunks(str(tmp_path / "plain"), "text") != before
 
 
+def test_a_name_that_is_no_path_is_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert chunks("some/name", "text") == [{"kind": "hub", "path": "some/name"}]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadInput, match=r"'txet' is no file or folder; .* needs `pip install raylabel\[datasets\]`"):
+        read("txet")
+
+
+def test_a_broken_datasets_folder_is_said_to_be_one(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    file(tmp_path, "saved/state.json", "{}")
+    with pytest.raises(BadInput, match=r"saved' is a folder saved by `datasets`; it cannot be loaded"):
+        read(tmp_path / "saved")
+
+
 def test_the_standard_library_is_a_corpus() -> None:
     [chunk] = chunks("stdlib", "text")
     assert chunk == {"kind": "stdlib", "python": sys.version.split()[0]}
