@@ -14,10 +14,11 @@ from raylabel.config import RunConfig, build_config
 from raylabel.stages.subject import open_subject
 from raylabel.store.rundir import RunDir
 
-WORDS = (
+_TEXT = (
     "the a quick brown fox jumps over lazy dog pack my box with five dozen liquor jugs cat sat on mat red green blue "
     "small large one two three old young runs walks eats sleeps house garden river stone"
-).split(" ")
+)
+WORDS = _TEXT.split()
 
 
 def write_corpus(path: Path, documents: int, seed: int = 0, longest: int = 60) -> Path:

@@ -157,7 +157,8 @@ class _Requests:
         asked = torch.zeros(acts.shape[:2], dtype=torch.bool, device=self.device)
         asked[lines, positions] = True
         place = asked.flatten().cumsum(0).view(asked.shape) - 1
-        values: Tensor = decoys(acts[asked])
+        # As in the scan: one broken neuron is reported under its own name and does not take the controls with it.
+        values: Tensor = decoys(torch.nan_to_num(acts[asked].float(), nan=0.0, posinf=0.0, neginf=0.0))
         return values[place[lines, positions], neuron].float()
 
 
