@@ -317,9 +317,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         mark = getattr(error, "problem_mark", None)
         raise BadInput(f"{path}: not valid YAML" + (f", line {mark.line + 1}" if mark else "")) from None
     tree = {} if tree is None else tree
-    if isinstance(tree, dict):
-        tree = apply_overrides(tree, overrides or [])
-    return build_config(tree, str(path))
+    return build_config(apply_overrides(tree, overrides or []) if isinstance(tree, dict) else tree, str(path))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
