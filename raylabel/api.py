@@ -83,7 +83,7 @@ class Run:
         return frame.reset_index(drop=True)
 
     def unit(self, layer: int, neuron: int, polarity: int = 1) -> UnitView:
-        """Everything about one unit; BadInput if the run has no such unit."""
+        """Everything about one unit; `polarity` as in the tables. BadInput if the run has no such unit."""
         found = {}
         condition = (pc.field("neuron") == neuron) & (pc.field("polarity") == polarity)
         for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants"):

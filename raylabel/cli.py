@@ -211,7 +211,7 @@ def show(
     folder: Folder,
     layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
     neuron: Annotated[int | None, typer.Option(help="One unit: its exemplars and what each swap did.")] = None,
-    polarity: Annotated[int, typer.Option(help="Which end of the unit: 1 or -1.")] = 1,
+    polarity: Annotated[int, typer.Option(help="Which end of the unit: 1 or -1; 2 or -2 where the gate is not above 0.")] = 1,
     find: Annotated[str | None, typer.Option(help="Only units whose label, word or phrase contains this.")] = None,
     limit: Annotated[int, typer.Option(help="Units shown at most.")] = 20,
     as_json: Json = False,

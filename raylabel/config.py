@@ -41,21 +41,21 @@ class SubjectConfig(_Section):
     site: Site = "mlp_post"
     """Hook point the activations are read at."""
     latents: str | None = None
-    """Folder or release of an SAE or transcoder."""
+    """Folder or release of SAEs or transcoders: their latents are the units, and they name the layers and the site."""
     context: Annotated[int, Field(ge=2)] = 128
     """Tokens a sample, BOS included."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether samples begin with BOS; auto does as the model's tokenizer does."""
-    polarity: Literal["auto", "both", "positive"] = "auto"
-    """auto: both ends of units at signed sites and of gated MLPs, else the high end only."""
+    polarity: Literal["auto", "both", "positive", "quadrants"] = "auto"
+    """auto: both ends of units at signed sites and of gated MLPs, else the high end; quadrants: gate > 0 (±1) or not (±2)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is float32 on CPU, the checkpoint's own on a GPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     batch: Auto | Positive = "auto"
     """Samples a forward pass, rounded down to a power of two."""
-    gpus_per_worker: Auto | Annotated[float, Field(ge=0)] = "auto"
-    """GPUs a worker holds."""
+    gpus_per_worker: Auto | Annotated[float, Field(gt=0, le=1)] | Positive = "auto"
+    """GPUs a worker holds: a share such as 0.5 puts two on one, a model is spread over more; auto is 1 where it fits."""
     trust_remote_code: bool = False
     """Run code that a model repository brings along."""
 
@@ -286,7 +286,6 @@ UNUSED = {
     "controls.nulls": "this version's controls are decoys",
     "controls.planted": "this version's controls are decoys",
     "controls.lists": "this version's controls are decoys",
-    "subject.gpus_per_worker": "a worker takes one GPU in this version",
 }
 """Keys that are part of the configuration but that nothing reads yet, and why."""
 

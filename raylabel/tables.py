@@ -2,7 +2,11 @@
 
 `schema(name)` gives a table's columns. `layer` is not among them: it is the hive partition of the path. In `controls/`
 every per-unit table has a `control` column as well (`schema(name, controls=True)`).
-Activations are in the model's own units, times the polarity.
+Activations are in the model's own units, times the sign of the polarity.
+
+`polarity` is 1 for a unit's high end and -1 for its low end. With `subject.polarity: quadrants` a unit of a gated MLP,
+act(gate) * up, has four: 1 and -1 where gate > 0 and the product is positive or negative, 2 and -2 the same where
+gate <= 0. What belongs to the other sign of the gate counts as an activation of 0.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = "1.0"
 
-# Histogram of polarity * activation. Magnitudes are cut at 2^e and 1.5 * 2^e (half octaves), which a float32 shows in
+# Histogram of sign(polarity) * activation. Magnitudes are cut at 2^e and 1.5 * 2^e (half octaves), which a float32 shows in
 # its own leading bits, so that counting needs no comparison with edges. The middle bin holds magnitudes below 2^-12;
 # above it a bin holds its lower edge, below it its upper one, so that the other polarity's histogram is the mirror image.
 HISTOGRAM_LOW, HISTOGRAM_HIGH = -12, 12

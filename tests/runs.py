@@ -1,4 +1,4 @@
-"""Small runs for the tests: corpora, configurations, brute force over the full activation tensor."""
+"""Small runs for the tests: corpora, configurations, scans."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from raylabel.config import RunConfig, build_config
-from raylabel.stages.subject import open_subject
+from raylabel.engine.pipeline import run_pipeline
 from raylabel.store.rundir import RunDir
 
 _TEXT = (
@@ -45,35 +42,12 @@ def tiny_config(model: Path, corpus: Path, out: Path, **sections: dict[str, Any]
     return build_config(tree)
 
 
-def every_activation(run: RunDir) -> tuple[list[dict[str, Any]], dict[int, list[np.ndarray]], dict[int, list[np.ndarray]]]:
-    """(samples, activations [T, width] a layer and sample, masks [T] likewise): the full tensor, from the definitions.
-
-    The forward has the run's own batches: another shape may round matrix products otherwise.
-    """
-    config = RunConfig.model_validate(run.config)
-    subject = open_subject(config)
-    samples = sorted(run.table("samples").to_pylist(), key=lambda row: row["sample"])
-    batch = run.resolved["batch"]
-    with np.load(run.files.path("pilot.npz")) as pilot:
-        sinks = {layer: float(pilot[f"sink.{layer}"]) for layer in range(subject.n_layers) if f"sink.{layer}" in pilot}
-    acts: dict[int, list[np.ndarray]] = {layer: [] for layer in sinks}
-    masks: dict[int, list[np.ndarray]] = {layer: [] for layer in sinks}
-    for at in range(0, len(samples), batch):
-        rows = samples[at : at + batch]
-        longest = max(len(row["token_ids"]) for row in rows)
-        ids = torch.full((batch, longest), subject.pad_id)
-        for i, row in enumerate(rows):
-            ids[i, : len(row["token_ids"])] = torch.tensor(row["token_ids"])
-
-        def visit(layer: int, here: torch.Tensor, resid: torch.Tensor, rows: list[Any] = rows) -> None:
-            for i, row in enumerate(rows):
-                n = len(row["token_ids"])
-                usual = np.array([token not in subject.special_ids for token in row["token_ids"]])
-                acts[layer].append(here[i, :n].float().numpy().copy())
-                masks[layer].append(usual & (resid[i, :n].float().norm(dim=-1).numpy() <= sinks[layer]))
-
-        subject.run(ids, list(sinks), visit)
-    return samples, acts, masks
+def do_scan(model: Path, corpus: Path, out: Path, **sections: dict[str, Any]) -> RunDir:
+    """A run of tokenize and scan alone."""
+    sections.setdefault("run", {}).update(stages=["tokenize", "scan"])
+    sections.setdefault("identify", {"vectors": "unused.bin"})
+    run_pipeline(tiny_config(model, corpus, out, **sections))
+    return RunDir(str(out))
 
 
 def tables_equal(a: RunDir, b: RunDir, names: tuple[str, ...]) -> bool:

@@ -95,6 +95,11 @@ def test_every_field_says_what_it_is() -> None:
         ({**MINIMAL, "preset": "new"}, "preset: should be 'default' or 'original', not 'new'"),
         ({**MINIMAL, "run": {"max_failures": 2}}, "run.max_failures: should be less than or equal to 1, not 2"),
         ({**MINIMAL, "run": {"workers": "many"}}, "run.workers: should be 'auto' or a valid integer"),
+        (
+            {"subject": {"model": "a", "gpus_per_worker": 1.5}},
+            "subject.gpus_per_worker: should be 'auto' or less than or equal to 1",
+        ),
+        ({"subject": {"model": "a", "gpus_per_worker": 0}}, "subject.gpus_per_worker: should be 'auto' or greater than 0"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
@@ -194,11 +199,11 @@ def test_a_setting_given_beside_the_preset_wins() -> None:
 
 def test_keys_that_nothing_reads_yet_are_accepted_and_named() -> None:
     tree = {
-        "subject": {"model": "a", "gpus_per_worker": 0.5}, "optimize": {"judge": "gpt2"}, "score": {"window": 16},
+        "subject": {"model": "a"}, "optimize": {"judge": "gpt2"}, "score": {"window": 16},
         "describe": {"explainer": "x"}, "controls": {"decoys": 3, "nulls": 2},
     }  # fmt: skip
     named = {line.split(" is not used: ")[0] for line in unused_keys(build_config(tree))}
-    assert named == {"optimize", "describe", "score", "controls.nulls", "subject.gpus_per_worker"}
+    assert named == {"optimize", "describe", "score", "controls.nulls"}
     assert unused_keys(build_config({**MINIMAL, "verify": {"synonyms": 2}, "controls": {"decoys": 4}})) == []
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -31,8 +32,10 @@ from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
+from raylabel.config import SubjectConfig
 from raylabel.engine.execute import Fatal, UnitFailed, divided, execute, opened, reason
 from raylabel.errors import BadInput
+from raylabel.models.loading import gpus_needed
 from raylabel.stages.base import Chain, Key, Step
 from raylabel.store.files import Files
 from raylabel.store.plan import Unit
@@ -48,7 +51,7 @@ Done = Callable[[dict[str, Any]], None]
 class RayPool:
     """A Ray cluster, this machine's own (`local`) or one that runs (`auto`, HOST:PORT)."""
 
-    def __init__(self, address: str, workers: int | None) -> None:
+    def __init__(self, address: str, workers: int | None, subject: SubjectConfig | None = None) -> None:
         common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         handler = signal.getsignal(signal.SIGTERM)
         if address == "local":
@@ -68,7 +71,30 @@ class RayPool:
         resources = ray.cluster_resources()
         self.cpus, self.gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         self.workers = workers or self.gpus or max(1, self.cpus)
+        self._asked, self._subject = workers, subject
         self._idle: dict[bool, list[Any]] = {}
+
+    @cached_property
+    def share(self) -> float:
+        """GPUs of a worker that holds the model; 0 where it runs on CPUs."""
+        subject = self._subject
+        if self.gpus == 0 or (subject is not None and subject.device == "cpu"):
+            return 0
+        wanted: float = 1
+        if subject is not None:
+            wanted = _needed(subject) if subject.gpus_per_worker == "auto" else subject.gpus_per_worker
+        largest = max(_gpus_by_machine())
+        if wanted > largest:
+            raise BadInput(f"subject.gpus_per_worker: {wanted:g} GPUs, but no machine of the cluster has more than {largest}")
+        return wanted
+
+    @cached_property
+    def holders(self) -> int:
+        """Workers that hold the model at a time: no more than there are GPUs for, as the others would wait for ever."""
+        if not self.share:
+            return self.workers
+        room = sum(int(gpus / self.share) for gpus in _gpus_by_machine())
+        return min(self._asked or room, room)
 
     def run(self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done) -> None:
         """Runs (unit, first attempt number) pairs; calls `done` with each manifest entry.
@@ -93,12 +119,12 @@ class RayPool:
         self._idle = {}
 
     def _actors(self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done) -> None:
-        on_gpu = step.model and self.gpus > 0
-        new = ray.remote(num_cpus=LIGHT if on_gpu else 1, num_gpus=1 if on_gpu else 0)(_Actor).remote
+        on_gpu = step.model and self.share > 0
+        new = ray.remote(num_cpus=LIGHT if on_gpu else 1, num_gpus=self.share if on_gpu else 0)(_Actor).remote
         # Actors outlive their step: the imports and the model they hold serve the next one.
         idle = self._idle.setdefault(on_gpu, [])
         shared = ray.put((replace(step, keys=[]), files.url, format))
-        missing = min(self.workers, len(units)) - len(idle)
+        missing = min(self.holders if on_gpu else self.workers, len(units)) - len(idle)
         idle += [new() for _ in range(missing)]
         queue = deque(units)
         first = {unit.id: attempt for unit, attempt in units}
@@ -173,17 +199,16 @@ class RayPool:
         items = [{"unit": unit.to_json(), "payload": b"", "entry": "", "error": ""} for unit, _ in units]
         rows: Any = ray.data.from_items(items, override_num_blocks=len(items))
         links = step.worker.links
-        heavy = self.workers if self.gpus == 0 else min(self.workers, self.gpus)
         for index, link in enumerate(links):
             holds_model = getattr(link, "model", False)
-            size = max(1, min(heavy if holds_model or len(links) == 1 else 1, len(items)))
+            size = max(1, min(self.holders if holds_model or len(links) == 1 else 1, len(items)))
             rows = rows.map_batches(
                 _Link,
                 fn_constructor_kwargs={
                     "step": replace(step, keys=[]), "index": index, "url": files.url, "format": format, "attempts": attempts,
                 },
                 batch_size=1, batch_format="pyarrow", num_cpus=LIGHT,
-                num_gpus=1 if holds_model and self.gpus else None,
+                num_gpus=self.share or None if holds_model else None,
                 compute=ray.data.ActorPoolStrategy(size=size),
                 # Without a limit Ray Data feeds a unit that ends its workers to one worker after another, for ever.
                 max_task_retries=ATTEMPTS - 1,
@@ -201,6 +226,17 @@ class RayPool:
             # A unit that ends its workers ends the pipeline; actors find out which one it is.
             pass
         return list(left.values())
+
+
+def _gpus_by_machine() -> list[int]:
+    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _needed(subject: SubjectConfig) -> int:
+    """What `gpus_per_worker: auto` means here, as a process with a GPU sees it."""
+    task = ray.remote(num_cpus=LIGHT, num_gpus=1)(gpus_needed)
+    found: int = ray.get(task.remote(subject.model, subject.revision, subject.dtype, subject.trust_remote_code))
+    return found
 
 
 class _Actor:

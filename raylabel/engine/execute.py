@@ -44,7 +44,13 @@ def execute(
     """Runs `unit`, but for the keys in `fatal`, commits its output and returns the manifest entry."""
     started = time.time()
     output = divided(work, step, unit, fatal)
-    return commit(files, unit, attempt, output, started, format)
+    try:
+        return commit(files, unit, attempt, output, started, format)
+    except (BadInput, OSError, UnitFailed):
+        raise
+    except Exception as error:
+        # Shards and blobs may be made while they are written.
+        raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(error)}") from error
 
 
 def divided(work: Callable[[Unit], Output], step: Step, unit: Unit, fatal: Fatal = ()) -> Output:
@@ -81,7 +87,8 @@ def merge(outputs: list[Output]) -> Output:
         for shard in output.shards:
             shards.setdefault((shard.table, shard.layer, shard.controls), []).append(shard)
         # Parts of a unit write the same names: the reader gets all of them, in the order of the parts.
-        whole.blobs += [replace(blob, part=len(whole.blobs) + i) for i, blob in enumerate(output.blobs)]
+        blobs = [*whole.blobs]
+        whole.blobs = [*blobs, *(replace(blob, part=len(blobs) + i) for i, blob in enumerate(output.blobs))]
     whole.shards = [
         Shard(table, pa.concat_tables([p.rows for p in parts]), layer, controls)
         for (table, layer, controls), parts in shards.items()

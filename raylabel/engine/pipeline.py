@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylabel.config import RunConfig
+from raylabel.config import RunConfig, SubjectConfig
 from raylabel.engine.execute import UnitFailed, reason
 from raylabel.engine.inline import InlinePool
 from raylabel.errors import BadInput, RunFailed
@@ -40,13 +40,13 @@ class Report:
     failures: int = 0
 
 
-def open_pool(address: str, workers: int | None) -> Any:
-    """Where units run: in this process (`inline`) or on Ray."""
+def open_pool(address: str, workers: int | None, subject: SubjectConfig | None = None) -> Any:
+    """Where units run: in this process (`inline`) or on Ray, where `subject` says how many GPUs a worker needs."""
     if address == "inline":
         return InlinePool()
     from raylabel.engine.cluster import RayPool
 
-    return RayPool(address, workers)
+    return RayPool(address, workers, subject)
 
 
 def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
@@ -80,7 +80,8 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
 def absolute(config: RunConfig) -> RunConfig:
     """The configuration with its local paths made absolute: workers may have another working directory."""
     tree = config.model_dump(mode="json", exclude_unset=True)
-    for section, key in (("run", "out"), ("subject", "model"), ("subject", "units"), ("identify", "vectors")):
+    paths = (("run", "out"), ("subject", "model"), ("subject", "latents"), ("subject", "units"), ("identify", "vectors"))
+    for section, key in paths:
         _absolute(tree.get(section, {}), key, always=section == "run")
     _absolute(tree.get("exemplars", {}).get("corpus", {}), "path")
     if "run" not in tree or "out" not in tree["run"]:
@@ -166,7 +167,8 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
             continue
         if pool is None:
             say(f"starting {config.run.address}")
-            pool = open_pool(config.run.address, None if config.run.workers == "auto" else config.run.workers)
+            workers = None if config.run.workers == "auto" else config.run.workers
+            pool = open_pool(config.run.address, workers, config.subject)
         finished = 0
 
         def done(entry: dict[str, Any], step: Any = step, total: int = len(units)) -> None:

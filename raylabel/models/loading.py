@@ -19,12 +19,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raylabel.errors import BadInput
+from raylabel.models import placement
 from raylabel.models.sites import Anatomy, family_of, native_anatomy, transformers_anatomy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,8 +49,21 @@ class Loaded:
     """Whether the model's own convention is to begin with BOS; None asks the tokenizer."""
 
 
-def load(model: str, *, revision: str | None, dtype: str, device: torch.device, context: int, trust_remote_code: bool) -> Loaded:
-    """The model in `dtype` ('auto': float32 on CPU, else the checkpoint's own) on `device`, with room for `context`."""
+def load(
+    model: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: torch.device,
+    context: int,
+    trust_remote_code: bool,
+    gpus: float | None = None,
+) -> Loaded:
+    """The model in `dtype` ('auto': float32 on CPU, else the checkpoint's own) on `device`, with room for `context`.
+
+    Args:
+        gpus: of this worker, see `placement.spread`; TransformerLens's own models lie on one in any case.
+    """
     if dtype != "auto" and dtype not in DTYPES:
         raise BadInput(f"subject.dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}")
     precision = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else None)
@@ -59,7 +74,7 @@ def load(model: str, *, revision: str | None, dtype: str, device: torch.device, 
         elif source is None and (_OWN_NAME.fullmatch(model) or _OWN_ACCOUNT.match(model)):
             loaded = _load_published(model, revision, precision, device)
         else:
-            loaded = _load_transformers(model, source, revision, precision, device, context, trust_remote_code)
+            loaded = _load_transformers(model, source, revision, precision, device, context, trust_remote_code, gpus)
     check_context(loaded.name, context, loaded.max_context)
     _check_vocabulary(loaded.tokenizer, loaded.anatomy.vocabulary, loaded.name)
     return loaded
@@ -148,20 +163,12 @@ def _load_transformers(
     device: torch.device,
     context: int,
     trust: bool,
+    gpus: float | None,
 ) -> Loaded:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"trust_remote_code": trust}
-    if folder is None:
-        where["revision"] = revision
+    name, where, config = _transformers_config(name, folder, revision, trust)
     source = str(folder or name)
-    try:
-        config = AutoConfig.from_pretrained(source, **where)
-    except Exception as error:
-        official = _alias(name) if folder is None and "/" not in name else None
-        if official is not None and official != name:
-            return _load_transformers(official, None, revision, dtype, device, context, trust)
-        raise BadInput(f"subject.model: {_no_config(name, folder, error)}") from error
     family_of(config, name)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     check_context(name, context, positions)
@@ -176,19 +183,53 @@ def _load_transformers(
     _check_tokenizer(tokenizer, name)
 
     automatic: Any = AutoModelForCausalLM
+    spread = placement.spread(device, gpus, cache(lambda: placement.weight_bytes(config, dtype, trust)))
     try:
         network, notes = automatic.from_pretrained(
-            source, dtype=dtype or "auto", use_safetensors=None if trust else True, output_loading_info=True, **where
+            source, dtype=dtype or "auto", use_safetensors=None if trust else True, output_loading_info=True, **where, **spread
         )
-        network = network.to(device).eval()
+        network = (network if spread else network.to(device)).eval()
     except Exception as error:
         raise BadInput(f"subject.model: {_no_weights(name, folder, trust, error)}") from error
+    placement.check_spread(network, device)
     missing = sorted(notes["missing_keys"])
     if missing:
         raise BadInput(f"subject.model: the weights of {name} lack {len(missing)} parameters, {missing[0]} among them")
     anatomy = transformers_anatomy(network, name)
     commit = None if folder is not None else _commit(name, revision) or revision
     return Loaded(name, commit, network, anatomy, tokenizer, positions, None)
+
+
+def _transformers_config(
+    name: str, folder: Path | None, revision: str | None, trust: bool
+) -> tuple[str, dict[str, Any], Any]:  # fmt: skip
+    """(the name it was found under, what transformers needs beside it, the configuration)."""
+    from transformers import AutoConfig
+
+    where: dict[str, Any] = {"trust_remote_code": trust}
+    if folder is None:
+        where["revision"] = revision
+    try:
+        return name, where, AutoConfig.from_pretrained(str(folder or name), **where)
+    except Exception as error:
+        official = _alias(name) if folder is None and "/" not in name else None
+        if official is not None and official != name:
+            return _transformers_config(official, None, revision, trust)
+        raise BadInput(f"subject.model: {_no_config(name, folder, error)}") from error
+
+
+def gpus_needed(model: str, revision: str | None, dtype: str, trust: bool) -> int:
+    """GPUs that a model needs if all are as large as this process's first; 1 where nothing speaks against it."""
+    if not torch.cuda.is_available():
+        return 1
+    try:
+        with _quiet():
+            _, _, config = _transformers_config(model, _folder(model), revision, trust)
+            size = placement.weight_bytes(config, DTYPES.get(dtype), trust)
+    except Exception:
+        # No transformers model, or one with which something is wrong: loading it will tell.
+        return 1
+    return placement.gpus_for(size, torch.cuda.get_device_properties(0).total_memory)
 
 
 def _check_tokenizer(tokenizer: Any, name: str) -> None:

@@ -9,7 +9,12 @@ in a loaded model, and everything after that is the same for all of them. A unit
   after it; [B, T, d_model]. Parallel blocks (GPT-NeoX, GPT-J, Phi) have no `resid_mid`
 - `attn_out`: what attention adds to the residual stream (after the norm on it in Gemma 2, 3 and OLMo 2, 3)
 
-`BadInput` names `subject.model` or `subject.site`.
+SAEs and transcoders are also trained at `LATENT_HOOKS`, which have no units of their own:
+
+- `mlp_in`: what the MLP is given; `mlp_normed`: the same before its norm's gain and bias, float32
+- `mlp_raw`: what the MLP gives; `mlp_out`: what it adds to the stream (another thing where a norm follows)
+
+`BadInput` names `subject.model`, `subject.site`, `subject.latents` or `subject.polarity`.
 """
 
 from __future__ import annotations
@@ -33,6 +38,12 @@ HOOK_NAMES = {
     "attn_out": "hook_attn_out",
 }
 MLP_SITES = ("mlp_post", "mlp_mid")
+LATENT_HOOKS = {
+    "mlp_in": "mlp.hook_in",
+    "mlp_normed": "ln2.hook_normalized",
+    "mlp_raw": "mlp.hook_out",
+    "mlp_out": "hook_mlp_out",
+}
 # Scores held at once by `logit_effects`, and unembedding rows turned to float32 at once.
 _SCORES, _VOCABULARY = 1 << 24, 1 << 14
 
@@ -48,7 +59,8 @@ class Family:
     middle: str | None
     """The module that is given the residual stream between attention and MLP; None in parallel blocks."""
     mlp_out: str | None
-    gated: bool = False
+    gate: str | None = None
+    """The projection whose output is the gate's pre-activation; None in MLPs without one."""
     mlp_norm: str | None = None
     """The norm between the activation and `mlp_out`."""
     post_mlp: str | None = None
@@ -61,10 +73,21 @@ class Family:
     """How a forward pass takes a finished attention mask: `one` for all layers, `by layer` by the kinds of attention in
     `config.layer_types`; None where its attention makes a mask of its own in any case."""
 
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    @property
+    def mlp(self) -> str | None:
+        """The module of the whole MLP."""
+        return self.mlp_out.partition(".")[0] if self.mlp_out else None
+
 
 _GPT2 = Family("h", "ln_f", "attn", "ln_2", "mlp.c_proj")
 _NEOX = Family("layers", "final_layer_norm", "attention", "post_attention_layernorm", "mlp.dense_4h_to_h")
-_LLAMA = Family("layers", "norm", "self_attn", "post_attention_layernorm", "mlp.down_proj", gated=True, centred=False)
+_LLAMA = Family(
+    "layers", "norm", "self_attn", "post_attention_layernorm", "mlp.down_proj", gate="mlp.gate_proj", centred=False
+)  # fmt: skip
 _QWEN = replace(_LLAMA, masks="by layer")
 _OLMO2 = replace(_LLAMA, attention="post_attention_layernorm", middle="mlp", post_mlp="post_feedforward_layernorm")
 _GEMMA2 = replace(_OLMO2, middle="pre_feedforward_layernorm", gain_offset=1.0, masks="by layer")
@@ -150,7 +173,7 @@ def native_anatomy(model: Any) -> Anatomy:
         attention="attn",
         middle="ln2" if with_mlp else None,
         mlp_out=mlp_out,
-        gated=gated,
+        gate="mlp.gate" if with_mlp and gated else None,
         mlp_norm="mlp.ln" if with_mlp and getattr(model.layers[0].mlp, "ln", None) is not None else None,
         centred=not cfg.final_rms and (cfg.normalization_type or "").upper() in ("LN", "LNPRE"),
     )
@@ -198,8 +221,30 @@ def check_site(anatomy: Anatomy, site: str) -> None:
         )
 
 
+def check_latent_hook(anatomy: Anatomy, site: str, hook: str) -> None:
+    """`BadInput` where the model has nothing to read, or to write to, at the hook of an SAE or transcoder."""
+    family, kind = anatomy.family, anatomy.kind
+    if site in LATENT_HOOKS:
+        missing = family.mlp is None or (site == "mlp_normed" and family.middle in (None, family.mlp))
+        if missing:
+            raise BadInput(f"subject.latents: {hook} does not exist in this model ({kind}): use latents of another hook point")
+        return
+    try:
+        check_site(anatomy, site)
+    except BadInput as error:
+        raise BadInput(f"subject.latents: {hook}: {str(error).partition(': ')[2]}") from None
+
+
+def check_quadrants(anatomy: Anatomy, site: str) -> None:
+    """`BadInput` where units have no gate whose sign could tell two regimes apart."""
+    if site != "mlp_post":
+        raise BadInput(f"subject.polarity: quadrants exist at mlp_post only, not at {site}: use both")
+    if not anatomy.family.gated:
+        raise BadInput(f"subject.polarity: quadrants need a gated MLP, and this model ({anatomy.kind}) has none: use both")
+
+
 def width(anatomy: Anatomy, site: str) -> int:
-    """Units a layer at the site."""
+    """Width of the activations at the site, which are as many units at those that have units."""
     return cast(int, anatomy.d_mlp) if site in MLP_SITES else anatomy.d_model
 
 
@@ -224,26 +269,54 @@ def tap(anatomy: Anatomy, site: str, layer: int) -> tuple[nn.Module, bool]:
         return block, True
     if site == "attn_out":
         return block.get_submodule(family.attention), True
-    path = {"resid_mid": family.middle, "mlp_post": family.mlp_out, "mlp_mid": family.mlp_norm}[site]
+    if site == "mlp_normed":
+        norm = block.get_submodule(cast(str, family.middle))
+        return norm, getattr(norm, "weight", None) is None
+    if site in ("mlp_raw", "mlp_out"):
+        path = family.mlp if site == "mlp_raw" or family.post_mlp is None else family.post_mlp
+        return block.get_submodule(cast(str, path)), True
+    path = {"resid_mid": family.middle, "mlp_post": family.mlp_out, "mlp_mid": family.mlp_norm, "mlp_in": family.mlp}[site]
     return block.get_submodule(cast(str, path)), False
+
+
+def device_of(anatomy: Anatomy, layer: int) -> torch.device:
+    """The device of a layer: blocks may lie on several, but none is divided."""
+    return next(anatomy.blocks[layer].parameters()).device
+
+
+def gate(anatomy: Anatomy, layer: int) -> nn.Module:
+    """The module of a gated MLP whose output [B, T, d_mlp] is the gate before its activation function."""
+    return anatomy.blocks[layer].get_submodule(cast(str, anatomy.family.gate))
+
+
+def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """float32 of x's shape: what a LayerNorm or RMSNorm with a gain makes of x before the gain (and bias)."""
+    x = x.float()
+    if isinstance(norm, nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    eps = getattr(norm, "eps", None)
+    scale = x.square().mean(-1, keepdim=True) + cast(float, norm.variance_epsilon if eps is None else eps)
+    return x / scale.sqrt()
 
 
 def output_directions(anatomy: Anatomy, site: str, layer: int) -> Tensor:
     """float32 [width, d_model]: what one unit of activation writes into the residual stream.
 
     A LayerNorm or RMSNorm on the way counts with its gain (and its centring), without its division, which depends on
-    the text: directions are then exact up to a positive factor a position. The identity at residual sites and attn_out.
+    the text: directions are then exact up to a positive factor a position. The identity at residual sites, attn_out and
+    mlp_out, and at `mlp_in` and `mlp_normed` for want of a better one, as nothing writes from there to the stream.
     """
     family, block = anatomy.family, anatomy.blocks[layer]
-    if site not in MLP_SITES:
-        return torch.eye(anatomy.d_model, device=_weight(anatomy.unembedding).device)
-    directions = _rows(block.get_submodule(cast(str, family.mlp_out))).detach().float()
+    if site in MLP_SITES:
+        directions = _rows(block.get_submodule(cast(str, family.mlp_out))).detach().float()
+    else:
+        directions = torch.eye(anatomy.d_model, device=_weight(anatomy.unembedding).device)
     if site == "mlp_mid":
         gain = _gain(block.get_submodule(cast(str, family.mlp_norm)), 0.0)
         if gain is not None:
             directions = directions * gain[:, None]
         directions = directions - directions.mean(dim=0, keepdim=True)
-    if family.post_mlp is not None:
+    if family.post_mlp is not None and site in (*MLP_SITES, "mlp_raw"):
         gain = _gain(block.get_submodule(family.post_mlp), family.gain_offset)
         directions = directions if gain is None else directions * gain
     return directions
@@ -263,7 +336,7 @@ def logit_effects(anatomy: Anatomy, directions: Tensor, k: int, tokens: int) -> 
         x = x - x.mean(dim=1, keepdim=True)
     gain = _gain(anatomy.trunk.get_submodule(anatomy.family.final_norm), anatomy.family.gain_offset)
     if gain is not None:
-        x = x * gain
+        x = x * gain.to(x.device)
     rows = max(1, _SCORES // _VOCABULARY)
     parts = [_extreme_logits(block, weight, k) for block in torch.split(x, rows)]
     values_up, ids_up, values_down, ids_down = (torch.cat(part).cpu() for part in zip(*parts, strict=True))

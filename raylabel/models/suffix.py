@@ -184,7 +184,7 @@ def agrees(subject: Any, layer: int, flat: np.ndarray, offsets: np.ndarray) -> b
         for i, text in enumerate(plain.order.tolist()):
             length = int(offsets[text + 1] - offsets[text])
             row = int(np.searchsorted(tries.owned, i, side="right")) - 1
-            slots = torch.from_numpy(tries.nodes[i, :length] - tries.rows[row]).to(subject.device)
+            slots = torch.from_numpy(tries.nodes[i, :length] - tries.rows[row]).to(given.device)
             total += float(expected[i, :length].square().sum())
             error += float((given[row, slots] - expected[i, :length]).square().sum())
     tolerance = _EXACT if subject.dtype == torch.float32 else _COARSE

@@ -69,7 +69,7 @@ def units_table(rows: list[dict[str, Any]], exemplars: dict[tuple[int, int, int]
         key = (row["layer"], row["neuron"], row["polarity"])
         phrases = [marked(e["tokens"], e["position"]) for e in exemplars.get(key, [])[:PHRASES]]
         table.add_row(
-            f"{row['layer']}.{row['neuron']}{'' if row['polarity'] > 0 else ' −'}",
+            f"{row['layer']}.{row['neuron']}{' g≤0' if abs(row['polarity']) == 2 else ''}{'' if row['polarity'] > 0 else ' −'}",
             Text(clean(row["label"] or f"({row['status']})")),
             row["kind"] or "·", row["evidence"] or "·", number(row["q_value"], ".3f"), number(row["decoy_rate"], ".0%"),
             number(row["normalised_activation"]), Text("\n").join(phrases),
@@ -81,7 +81,7 @@ def unit_card(unit: UnitView) -> RenderableType:
     """Everything about one unit: verdict, exemplars coloured by activation, what each swap did."""
     result, verdict, numbers = unit.result, unit.verification, unit.statistics
     head = Text(f"layer {unit.layer}, neuron {unit.neuron}, polarity {unit.polarity:+d}", style="bold")
-    head.append(f"   {numbers.get('site', '')}")
+    head.append(f"{' (gate ≤ 0)' if abs(unit.polarity) == 2 else ''}   {numbers.get('site', '')}")
     parts: list[RenderableType] = [head]
     if result:
         parts.append(Text(f"label: {clean(result['label'] or '·')}  ({result['label_source'] or result['status']})"))

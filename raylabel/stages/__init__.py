@@ -8,6 +8,7 @@ from raylabel.stages.base import Stage
 from raylabel.stages.identify_stage import IDENTIFY
 from raylabel.stages.results import RESULTS
 from raylabel.stages.scan import SCAN
+from raylabel.stages.subject import refuse_contradiction
 from raylabel.stages.tokenize import TOKENIZE
 from raylabel.stages.verify_stage import VERIFY
 from raylabel.store.rundir import RunDir
@@ -19,3 +20,4 @@ def prepare(run: RunDir, config: RunConfig) -> None:
     """Refuses what no stage of this version can run."""
     if config.exemplars.source != "corpus":
         raise BadInput(f"exemplars.source: {config.exemplars.source} is not part of this version; use corpus")
+    refuse_contradiction(config)

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
 from raylabel.sources.corpus import chunks, documents
 from raylabel.stages import prepare
-from raylabel.stages.scan import CPU_BATCH, GPU_BATCH, power_of_two
-from raylabel.stages.select import FIRING_FACTOR
-from raylabel.stages.subject import facts, open_subject
+from raylabel.stages.memory import layer_bytes, layer_groups, overhead_bytes, peak_bytes
+from raylabel.stages.scan import batch_size, lease_keys, lease_size
+from raylabel.stages.subject import facts, open_subject, tokens_per_second
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
-from raylabel.tables import HISTOGRAM_BINS
 
 PROBE_DOCUMENTS = 200
-PASSES = 2
-"""Forward passes of a scan over each sample: one to find the winners, one to cut their windows out."""
 
 
 def estimate(config: RunConfig) -> dict[str, Any]:
@@ -38,21 +33,40 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     signs = polarities(config, found)
     tokens, exact = _tokens(config, subject.tokenizer.backend_tokenizer, pieces)
     n_units = sum(len(neurons) for neurons in units.values())
-    batch = config.subject.batch if config.subject.batch != "auto" else (
-        GPU_BATCH if subject.device.type == "cuda" else CPU_BATCH
-    )  # fmt: skip
-    batch = power_of_two(int(batch))
-    rate = _tokens_per_second(subject, batch, config.subject.context, list(units))
+    context, batch = config.subject.context, batch_size(config, found)
+    rate = tokens_per_second(subject, batch, context, list(units))
+    samples = -(-tokens // context)
+    leases = len(lease_keys(samples, lease_size(samples, batch, context, rate)))
     decoys = config.controls.decoys * len(units)
+    states, peak, groups = _memory(config, subject, units, signs, batch, -(-samples // leases))
     return {
         "model": found["name"], "site": found["site"], "layers": len(units), "units": n_units,
         "units and polarities": n_units * len(signs), "decoys": decoys, "tokens": tokens,
-        "tokens are": "counted" if exact else "estimated", "samples": -(-tokens // config.subject.context),
-        "batch": batch, "device": found["device"], "state bytes": _state_bytes(config, n_units, len(signs), decoys),
-        "tokens a second": round(rate), "forward seconds": round(PASSES * tokens / rate, 1),
+        "tokens are": "counted" if exact else "estimated", "samples": samples, "batch": batch, "device": found["device"],
+        "leases": leases, "state bytes": states, "peak bytes": peak, "layer groups": groups,
+        "tokens a second": round(rate), "forward seconds": round(tokens / rate * groups, 1),
         "variants at most": (n_units * len(signs) + decoys) * config.verify.max_variants,
         "LLM calls": 0, "LLM cost": 0.0,
     }  # fmt: skip
+
+
+def _memory(
+    config: RunConfig, subject: Any, units: dict[int, list[int]], signs: tuple[int, ...], batch: int, lease: int
+) -> tuple[int, int, int]:  # fmt: skip
+    """(bytes of a worker's state, its peak, groups of layers) of a scan; a forward pass of a batch has been run before.
+
+    The peak is what this process has needed so far for the model and the pass, and what the state adds to it.
+    """
+    regimes, directions = max(abs(s) for s in signs), len([s for s in signs if abs(s) == 1])
+    columns = {layer: len(neurons) * regimes for layer, neurons in units.items()}
+    states = {
+        layer: layer_bytes(config, n, directions, 2 * config.exemplars.random, batch, lease) for layer, n in columns.items()
+    }
+    devices = {layer: str(subject.layer_device(layer)) for layer in states}
+    groups = layer_groups(states, devices)
+    largest = max((sum(states[layer] for layer in group), group) for group in groups)
+    beside = overhead_bytes(states, max(columns.values()), batch, config.subject.context, subject.device.type == "cuda")
+    return sum(states.values()), peak_bytes(str(subject.device)) + largest[0] + beside, len(groups)
 
 
 def _tokens(config: RunConfig, tokenizer: Tokenizer, pieces: list[dict[str, Any]]) -> tuple[int, bool]:
@@ -72,20 +86,3 @@ def _tokens(config: RunConfig, tokenizer: Tokenizer, pieces: list[dict[str, Any]
     size = sum(os.path.getsize(file["path"]) for piece in pieces for file in piece["files"])
     read = sum(len(text.encode("utf-8", "replace")) for text in probe)
     return min(int(count * size / max(read, 1)), corpus.tokens), False
-
-
-def _tokens_per_second(subject: Any, batch: int, context: int, layers: list[int]) -> float:
-    ids = torch.randint(0, subject.anatomy.vocabulary, (batch, context), device=subject.device)
-    subject.run(ids, layers, lambda *_: None)
-    started = time.perf_counter()
-    subject.run(ids, layers, lambda *_: None)
-    if subject.device.type == "cuda":
-        torch.cuda.synchronize()
-    return batch * context / (time.perf_counter() - started)
-
-
-def _state_bytes(config: RunConfig, units: int, signs: int, decoys: int) -> int:
-    wanted = config.exemplars
-    slots = wanted.top + max(1, wanted.top // 2) + 2 * FIRING_FACTOR * wanted.quantile
-    columns = units * signs + decoys
-    return columns * slots * 12 + (units + decoys) * (HISTOGRAM_BINS * 8 + 4 * 8 + 32)

@@ -1,8 +1,9 @@
 """verify, the second of three steps: the activations that a plan asks for, with the model. No Ray, no files.
 
 `measure` runs the distinct texts to the layer and no further, what they have in common at their beginning once for all
-of them (`models.suffix`) if the model can do so, and gathers on the device what the requests ask for: the maximum of
-polarity * activation over a window of positions, special tokens and attention sinks left out as in the scan. A unit
+of them (`models.suffix`) if the model can do so, and gathers on the device what the requests ask for: the maximum over a
+window of positions of the unit's column times its sign (`units.column`, `units.sign`), special tokens and attention
+sinks left out as in the scan. Latents are computed at the positions that are asked for only. A unit
 that the model gives no finite value for is returned as failed and has no rows.
 
 `unreproduced` says whose recordings the model does not give back, `diagnose` what would. Recordings and
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from raylabel.models.suffix import Forest, Tree, agrees, grow
+from raylabel.stages.units import column, sign
 from raylabel.stages.verify import Plan, Unit, unit_numbers
 
 CPU_TOKENS, GPU_TOKENS = 2048, 65_536
@@ -60,7 +62,7 @@ def measure(
     """
     batch_tokens = batch_tokens or (CPU_TOKENS if subject.device.type == "cpu" else GPU_TOKENS)
     rows = plan["rows"].combine_chunks()
-    requests = _Requests(rows, subject.device)
+    requests = _Requests(rows, subject, layer)
     ids, offsets = _flat(plan["texts"])
     found = np.full(rows.num_rows, np.nan, dtype=np.float32)
     broken = np.zeros(rows.num_rows, dtype=bool)
@@ -99,12 +101,16 @@ def unit_of(rows: pa.Table, row: int) -> Unit:
 class _Requests:
     """The rows of a plan by text, ready to be gathered."""
 
-    def __init__(self, rows: pa.Table, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, rows: pa.Table, subject: Any, layer: int) -> None:
+        self.device = subject.layer_device(layer)
         self.unit = unit_numbers(rows)
         self.decoy = pc.fill_null(rows["control"], "").combine_chunks().to_numpy(zero_copy_only=False) == "decoy"
         names = ("neuron", "polarity", "start", "end", "text")
         self.columns = {name: rows[name].to_numpy().astype(np.int64) for name in names}
+        neuron, polarity = self.columns["neuron"], self.columns["polarity"]
+        # A decoy's column is its own number: decoys have no quadrants.
+        self.columns["column"] = np.where(self.decoy, neuron, column(neuron, polarity, subject.width))
+        self.columns["sign"] = sign(polarity)
         text = self.columns["text"]
         self.order = np.argsort(text, kind="stable")
         self.begin = np.searchsorted(text[self.order], np.arange(text.max(initial=0) + 2))
@@ -131,17 +137,18 @@ class _Requests:
         within = torch.from_numpy(inside).to(self.device)
         positions = torch.from_numpy(nodes - forest.rows[rows][line][:, None]).to(self.device)
         lines = torch.from_numpy(line).to(self.device)[:, None]
-        neuron = torch.from_numpy(self.columns["neuron"][at]).to(self.device)[:, None]
-        sign = torch.from_numpy(self.columns["polarity"][at]).to(self.device)[:, None]
+        columns = torch.from_numpy(self.columns["column"][at]).to(self.device)[:, None]
+        signs = torch.from_numpy(self.columns["sign"][at]).to(self.device)[:, None]
+        usable = usable.to(self.device)
         result: list[Tensor] = []
 
         def visit(_layer: int, acts: Tensor, resid: Tensor) -> None:
             # A norm that is not a number is no sink: its activations must come to light as failures.
             open_ = usable & ~(resid.float().norm(dim=-1) > sink)
-            values = acts[lines[:real], positions[:real], neuron[:real]].float()
+            values = self._units(subject, layer, acts, lines[:real], positions[:real], columns[:real])
             if real < len(at):
-                values = torch.cat([values, self._decoys(acts, decoys, lines[real:], positions[real:], neuron[real:])])
-            values = values * sign
+                values = torch.cat([values, self._decoys(acts, decoys, lines[real:], positions[real:], columns[real:])])
+            values = values * signs
             counted = within & open_[lines, positions]
             result.append(values.masked_fill(~counted, -torch.inf).amax(dim=1))
             result.append(counted.any(dim=1))
@@ -152,14 +159,30 @@ class _Requests:
         best = best.masked_fill(~any_ | bad, torch.nan)
         return at, best.numpy(), bad.numpy()
 
-    def _decoys(self, acts: Tensor, decoys: Any, lines: Tensor, positions: Tensor, neuron: Tensor) -> Tensor:
-        """Decoys' activations at some positions, computed at these only."""
+    def _units(
+        self, subject: Any, layer: int, acts: Tensor, lines: Tensor, positions: Tensor, columns: Tensor
+    ) -> Tensor:  # fmt: skip
+        """Units' activations at some positions: float32 in the shape of `positions`."""
+        if subject.latents is None:
+            return acts[lines, positions, columns].float()
+        asked, place = self._asked(acts, lines, positions)
+        wanted, at = columns.unique(return_inverse=True)
+        values: Tensor = subject.read(layer, asked, wanted)[place, at]
+        return values
+
+    def _decoys(self, acts: Tensor, decoys: Any, lines: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+        """The same of decoys."""
+        asked, place = self._asked(acts, lines, positions)
+        # As in the scan: one broken neuron is reported under its own name and does not take the controls with it.
+        values: Tensor = decoys(torch.nan_to_num(asked.float(), nan=0.0, posinf=0.0, neginf=0.0))
+        return values[place, columns].float()
+
+    def _asked(self, acts: Tensor, lines: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(activations [n, site_width] of the positions that are asked for, each once, which of them each request is)."""
         asked = torch.zeros(acts.shape[:2], dtype=torch.bool, device=self.device)
         asked[lines, positions] = True
         place = asked.flatten().cumsum(0).view(asked.shape) - 1
-        # As in the scan: one broken neuron is reported under its own name and does not take the controls with it.
-        values: Tensor = decoys(torch.nan_to_num(acts[asked].float(), nan=0.0, posinf=0.0, neginf=0.0))
-        return values[place[lines, positions], neuron].float()
+        return acts[asked], place[lines, positions]
 
 
 def _run(subject: Any, layer: int, tokens: Tensor, visit: Any, tree: Tree | None) -> None:
@@ -265,7 +288,8 @@ def diagnose(
     exemplars = [(ids[number], position) for number, position in zip(numbers, positions, strict=True)]
     coarse = subject.dtype != torch.float32
     for name, other, shift in _alternatives(subject, exemplars):
-        values = np.array([_peak(other, layer, ids, at, shift, neuron) * polarity for ids, at in exemplars])
+        at_column = column(neuron, polarity, other.width)
+        values = np.array([_peak(other, layer, ids, at, shift, at_column) * sign(polarity) for ids, at in exemplars])
         good = reproduces(recorded[: len(values)], values, recorded.max(), coarse, rounding)
         if good.mean() >= LEAST_REPRODUCED:
             return f"recordings are reproduced {name}"
@@ -286,7 +310,7 @@ def _alternatives(subject: Any, exemplars: Iterable[tuple[list[int], int]]) -> I
         yield f"at {sister} {bos}", subject.at(sister), shift
 
 
-def _peak(subject: Any, layer: int, ids: list[int], position: int, shift: int, neuron: int) -> float:
+def _peak(subject: Any, layer: int, ids: list[int], position: int, shift: int, at_column: int) -> float:
     """The activation at the MAT; NaN where there is no such position any more."""
     given = [subject.bos_id, *ids] if shift > 0 else ids[-shift:]
     if position + shift < 0:
@@ -294,7 +318,8 @@ def _peak(subject: Any, layer: int, ids: list[int], position: int, shift: int, n
     found: list[float] = []
 
     def visit(_layer: int, acts: Tensor, _resid: Tensor) -> None:
-        found.append(float(acts[0, position + shift, neuron]))
+        found.append(float(subject.read(layer, acts[0, position + shift], wanted)[0]))
 
+    wanted = torch.tensor([at_column], device=subject.layer_device(layer))
     subject.run(torch.tensor([given[: position + shift + 1]]), [layer], visit)
     return found[0]

@@ -14,9 +14,9 @@ import torch
 from raylabel.config import RunConfig
 from raylabel.models.controls import Decoys, draw_directions, fit_decoys
 from raylabel.stages.samples import Samples
-from raylabel.stages.state import sinks
+from raylabel.stages.positions import sinks
 
-PILOT_SAMPLES = 64
+PILOT_SAMPLES, PILOT_POSITIONS = 64, 2048
 
 
 def pilot_samples(n: int) -> np.ndarray:
@@ -25,7 +25,7 @@ def pilot_samples(n: int) -> np.ndarray:
 
 
 def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConfig) -> dict[str, np.ndarray]:
-    """Arrays `sink.L`, `mean.L` [width] and, with decoys, `centre.L`, `gain.L`, `offset.L` of every layer L."""
+    """Arrays `sink.L`, `mean.L` [columns] and, with decoys, `centre.L`, `gain.L`, `offset.L` of every layer L."""
     ids, lengths = samples.padded(np.arange(len(samples.numbers)), subject.pad_id)
     tokens = torch.from_numpy(ids).to(subject.device)
     inside = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
@@ -36,18 +36,27 @@ def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConf
 
     def visit(layer: int, acts: torch.Tensor, resid: torch.Tensor) -> None:
         norms = resid.float().norm(dim=-1)
-        known = norms[usual & torch.isfinite(norms)]
+        known = norms[usual.to(norms.device) & torch.isfinite(norms)]
         sink = config.exemplars.sink_factor * float(known.median()) if len(known) else float("inf")
-        chosen = torch.nan_to_num(acts.float()[usual & ~sinks(resid, sink)], nan=0.0, posinf=0.0, neginf=0.0)
+        chosen = acts[usual.to(acts.device) & ~sinks(resid, sink)]
+        total: Any = 0.0
+        for part in torch.split(chosen, PILOT_POSITIONS):
+            total = total + finite(subject.read(layer, part)).double().sum(0)
         found[f"sink.{layer}"] = np.array(sink, dtype=np.float32)
-        found[f"mean.{layer}"] = chosen.double().mean(0).float().cpu().numpy()
+        found[f"mean.{layer}"] = (total / max(len(chosen), 1)).float().cpu().numpy()
         if config.controls.decoys:
-            decoys = fit_decoys(chosen, config.controls.decoys, config.run.seed, layer)
+            few = finite(chosen[:: -(-len(chosen) // PILOT_POSITIONS) or 1].float())
+            decoys = fit_decoys(few, config.controls.decoys, config.run.seed, layer)
             for name in ("centre", "gain", "offset"):
                 found[f"{name}.{layer}"] = getattr(decoys, name).cpu().numpy()
 
     subject.run(tokens, layers, visit)
     return found
+
+
+def finite(acts: torch.Tensor) -> torch.Tensor:
+    """With 0 for what is not finite."""
+    return torch.nan_to_num(acts, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def load_decoys(pilot: dict[str, np.ndarray], layer: int, width: int, seed: int, device: Any) -> Decoys | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,76 @@ import torch
 from torch import Tensor
 
 from raylabel.config import RunConfig
+from raylabel.models.controls import Decoys
 from raylabel.stages.arrays import read_arrays
+from raylabel.stages.base import Key, neuron_ranges
 from raylabel.stages.pilot import load_decoys
 from raylabel.stages.samples import Samples
-from raylabel.stages.select import FIRING_FACTOR
-from raylabel.stages.state import LayerSetup, LayerState
+from raylabel.stages.state import Batch, Sizes, UnitState
 from raylabel.stages.subject import open_subject
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
+
+CLOSE_NEURONS = 4096
+"""Neurons that one unit of the last step handles."""
+
+
+def sizes(config: RunConfig, random: int) -> Sizes:
+    """What a scan keeps of each unit; `random` samples of a lease are kept for all."""
+    wanted = config.exemplars
+    top, firing = (wanted.top, max(1, wanted.top // 2)), FIRING_FACTOR * wanted.quantile
+    lists = (top[0], firing, top[1], firing)
+    window = min(wanted.before + wanted.after + 1, config.subject.context)
+    return Sizes(lists, wanted.before, wanted.after, window, random)
+
+
+FIRING_FACTOR = 2
+"""Firing samples kept for each quantile exemplar wanted."""
+
+
+@dataclass(frozen=True)
+class LayerSetup:
+    """What is fixed of a layer before the scan.
+
+    Attributes:
+        columns: [U] unit columns in `Subject.read`'s sense; None for all.
+        shift: [U] the units' pilot means. decoy_shift: [n] likewise.
+        sink: residual norm above which a position does not count.
+        decoys: the layer's control directions, None for none.
+    """
+
+    columns: Tensor | None
+    shift: Tensor
+    decoy_shift: Tensor
+    sink: float
+    decoys: Decoys | None
+
+
+class LayerState:
+    """The states of a layer's units and of its decoys over a lease."""
+
+    def __init__(self, layer: int, setup: LayerSetup, signs: tuple[int, ...], sizes: Sizes) -> None:
+        self.layer, self.setup = layer, setup
+        self.units = UnitState(setup.shift, signs, sizes)
+        self.decoys = None if setup.decoys is None else UnitState(setup.decoy_shift, (1,), sizes)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=setup.shift.device)
+
+    def add(self, subject: Any, acts: Tensor, mask: Tensor, batch: Batch) -> None:
+        """One batch: what the site gives, [B, T, site_width], and the positions [B, T] that count."""
+        self.tokens += mask.sum()
+        self.units.add(lambda rows: subject.read(self.layer, acts[rows], self.setup.columns), mask, batch)
+        if self.decoys is not None:
+            decoys: Decoys = self.setup.decoys  # type: ignore[assignment]
+            self.decoys.add(lambda rows: finite(decoys, acts[rows]), mask, batch)
+
+
+def finite(decoys: Decoys, acts: Tensor) -> Tensor:
+    """The decoys' activations; a broken neuron is reported under its own name and does not take them with it."""
+    if acts.device.type == "cpu":
+        found = decoys(acts)
+        if torch.isfinite(found.sum()):
+            return found
+    return decoys(torch.nan_to_num(acts.float(), nan=0.0, posinf=0.0, neginf=0.0))
 
 
 class Scanner:
@@ -28,7 +92,9 @@ class Scanner:
         self.config = RunConfig.model_validate(self.run.config)
         self.facts = self.run.resolved
         self.units = wanted_units(self.config, self.facts)
-        self.polarities = polarities(self.config, self.facts)
+        found = polarities(self.config, self.facts)
+        self.signs = tuple(p for p in found if abs(p) == 1)
+        self.regimes = max(abs(p) for p in found)
         self.layers = list(self.units)
         self.seed = self.config.run.seed
 
@@ -37,37 +103,43 @@ class Scanner:
         """The loaded subject."""
         return open_subject(self.config, self.facts)
 
+    @cached_property
+    def pilot(self) -> dict[str, np.ndarray]:
+        """The arrays of `pilot.npz`."""
+        return read_arrays(self.run.files.read("pilot.npz"))
+
     def open(self) -> None:
-        """Reads the pilot and makes the layers' setups on the subject's device."""
-        device = self.subject.device
-        self.pilot = read_arrays(self.run.files.read("pilot.npz"))
-        self.special = torch.tensor(self.facts["special_ids"], device=device, dtype=torch.int64)
-        self.setups = {layer: self.setup(layer, device) for layer in self.layers}
+        """Makes the layers' setups, each on its layer's device."""
+        self.special = torch.tensor(self.facts["special_ids"], device=self.subject.device, dtype=torch.int64)
+        self.setups = {layer: self.setup(layer, self.subject.layer_device(layer)) for layer in self.layers}
 
     def setup(self, layer: int, device: Any) -> LayerSetup:
         """The fixed part of a layer."""
-        decoys = load_decoys(self.pilot, layer, self.facts["width"], self.seed, device)
+        decoys = load_decoys(self.pilot, layer, self.facts["site_width"], self.seed, device)
         neurons = torch.tensor(self.units[layer])
-        shift = torch.from_numpy(self.pilot[f"mean.{layer}"])[neurons]
-        if decoys is not None:
-            shift = torch.cat([shift, decoys.offset.cpu()])
-        whole = len(neurons) == self.facts["width"]
+        columns = torch.cat([neurons + i * self.facts["width"] for i in range(self.regimes)])
+        shift = torch.from_numpy(self.pilot[f"mean.{layer}"])[columns].to(device)
+        whole = len(columns) == self.facts["columns"]
         return LayerSetup(
-            None if whole else neurons.to(device), self.polarities, shift.to(device), float(self.pilot[f"sink.{layer}"]), decoys
-        )
-
-    def state(self, layer: int, setup: LayerSetup, device: Any) -> LayerState:
-        """An empty state of a layer."""
-        wanted = self.config.exemplars
-        counts = {
-            "top_explain": wanted.top, "top_score": max(1, wanted.top // 2), "firing": FIRING_FACTOR * wanted.quantile,
-        }  # fmt: skip
-        return LayerState(setup, len(self.units[layer]), self.decoys, counts, device)
+            None if whole else columns.to(device), shift, torch.zeros(0) if decoys is None else decoys.offset,
+            float(self.pilot[f"sink.{layer}"]), decoys,
+        )  # fmt: skip
 
     @property
     def decoys(self) -> int:
         """Decoys a layer."""
         return self.config.controls.decoys
+
+    @property
+    def ranges(self) -> list[Key]:
+        """The parts of a layer that the last step handles apart."""
+        return neuron_ranges(self.units, CLOSE_NEURONS)
+
+    def places(self, key: Key) -> np.ndarray:
+        """Places, among the units of a layer's state, of a range of neurons: of each regime in turn."""
+        first, last = np.searchsorted(self.units[key["layer"]], [key["first"], key["last"]])
+        n = len(self.units[key["layer"]])
+        return np.concatenate([np.arange(first, last) + i * n for i in range(self.regimes)])
 
     def batches(self, samples: Samples, first: int, size: int) -> Iterator[tuple[int, Tensor, Tensor, np.ndarray]]:
         """(number of row 0, ids [B, T], lengths [B], rows [B]) of aligned batches; missing rows are -1."""
@@ -78,19 +150,3 @@ class Scanner:
             ids, lengths = samples.padded(rows, self.facts["pad_id"])
             device = self.subject.device
             yield at, torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device), rows
-
-
-def working_batch(subject: Any, batch: int, context: int, layers: list[int]) -> tuple[int, dict[str, Any]]:
-    """The batch that fits on the device: halved until a forward of full length does; a halving is noted."""
-    if subject.device.type == "cpu":
-        return batch, {}
-    size = batch
-    while True:
-        try:
-            subject.run(torch.zeros((size, context), dtype=torch.int64, device=subject.device), layers, lambda *_: None)
-            return size, {} if size == batch else {"batch_halved_to": size}
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            torch.cuda.empty_cache()
-            size //= 2

@@ -1,154 +1,166 @@
-"""Everything a scan keeps for one layer, and the update with one batch of activations. Torch only.
+"""What a scan keeps of a group of units (a layer's neurons or latents, or its decoys), and the update with a batch.
 
-Columns are the wanted neurons at each polarity in turn, then the decoys. Sums, counts and histograms are kept once for
-each neuron and mirrored for polarity -1.
+The state is of a fixed size however many tokens were seen, and merging is exact: any cut of the samples into leases,
+merged in any order, gives the same bits. A column is a unit at one sign: the units at the first sign, then all of them
+at the next. Sums, counts and histograms are kept once a unit, for sign +1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raylabel.models.controls import Decoys
-from raylabel.stages.running import Best, Moments, histogram
+from raylabel.stages import device
+from raylabel.stages.kept import Kept
+from raylabel.stages.moments import Moments
 from raylabel.tables import HISTOGRAM_BINS, SPLITS
 
-ROWS = 8
-"""Samples handled at a time on the CPU: their activations stay in the cache through all passes."""
+KEPT = ("order", "value", "place", "ties", "slot", "window", "floor")
+HISTOGRAM_ROW = 128
+"""Counts a unit's histogram is given, a power of two."""
+CPU_PASS, GPU_PASS = 1 << 22, 1 << 26
+"""Activations handled at a time."""
+LISTS = tuple(f"{split}.{kind}" for split in SPLITS for kind in ("top", "firing"))
+"""The lists' order, as the update of a batch counts on it."""
 
 
 @dataclass(frozen=True)
-class LayerSetup:
-    """What is fixed of a layer before the scan.
+class Sizes:
+    """How much is kept.
 
     Attributes:
-        neurons: [U] wanted neurons; None for all.
-        polarities: of the neurons; decoys have +1 only.
-        shift: [U + n] the units' pilot means, taken off before moments are summed.
-        sink: residual norm above which a position does not count.
-        decoys: the layer's control directions, None for none.
+        lists: entries of each of LISTS.
+        before, after, window: positions kept around a peak, and how many these are at most.
+        random: random samples of a lease.
     """
 
-    neurons: Tensor | None
-    polarities: tuple[int, ...]
-    shift: Tensor
-    sink: float
-    decoys: Decoys | None
-
-    def units(self, acts: Tensor) -> Tensor:
-        """Activations [B, T, U + n] of the wanted neurons and the decoys, float32."""
-        acts = acts.float()
-        wanted = acts if self.neurons is None else acts[..., self.neurons]
-        if self.decoys is None:
-            return wanted
-        if not torch.isfinite(acts.amax()) or not torch.isfinite(acts.amin()):
-            # One broken neuron is reported under its own name; it must not take the controls with it.
-            acts = torch.nan_to_num(acts, nan=0.0, posinf=0.0, neginf=0.0)
-        return torch.cat([wanted, self.decoys(acts)], dim=-1)
+    lists: tuple[int, ...]
+    before: int
+    after: int
+    window: int
+    random: int
 
 
-def valid(ids: Tensor, lengths: Tensor, special: Tensor, resid: Tensor, sink: float) -> Tensor:
-    """[B, T] positions that count: not padding, not a special token, not an attention sink.
+@dataclass(frozen=True)
+class Batch:
+    """What the update needs to know of the samples of a batch; numpy arrays [B] unless said otherwise.
 
-    A residual that is not finite is no sink: its position counts, and the units that see it are reported.
+    Attributes:
+        first: number of row 0; B is a power of two that divides it, and missing rows are masked out whole.
+        samples, lots: numbers, and orders in the firing list.
+        split: 0 explain, 1 score.
+        chosen: place among the lease's random samples, -1 for none.
+        lengths: tokens.
     """
-    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    return inside & ~torch.isin(ids, special) & ~sinks(resid, sink)
+
+    first: int
+    samples: np.ndarray
+    lots: np.ndarray
+    split: np.ndarray
+    chosen: np.ndarray
+    lengths: np.ndarray
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the rows."""
+        arrays = (getattr(self, name)[rows] for name in ("samples", "lots", "split", "chosen", "lengths"))
+        return Batch(self.first + (rows.start or 0), *arrays)
 
 
-def sinks(resid: Tensor, sink: float) -> Tensor:
-    """[B, T] positions whose residual [B, T, d_model] has a finite norm above `sink`."""
-    norm = resid.float().norm(dim=-1)
-    return torch.isfinite(norm) & (norm > sink)
+class UnitState:
+    """Running state of W units over the samples of a lease."""
 
-
-class LayerState:
-    """Running state of one layer over the samples of a lease."""
-
-    def __init__(self, setup: LayerSetup, n_units: int, n_decoys: int, counts: dict[str, int], device: torch.device) -> None:
-        self.setup, self.n_units, self.n_decoys, self.device = setup, n_units, n_decoys, device
-        rows = n_units + n_decoys
-        columns = n_units * len(setup.polarities) + n_decoys
-        self.best = {
-            split: Best.empty(columns, counts[f"top_{split}"], counts["firing"], device) for split in SPLITS
-        }
+    def __init__(self, shift: Tensor, signs: tuple[int, ...], sizes: Sizes) -> None:
+        """`shift` [W]: the units' means in the pilot, taken off before moments are summed; its device is the state's."""
+        self.shift, self.signs, self.sizes, self.device = shift, signs, sizes, shift.device
+        width, columns = len(shift), len(shift) * len(signs)
+        self.kept = [Kept.empty(columns, k, sizes.window, self.device) for k in sizes.lists]
+        self.random = Kept.empty(columns, sizes.random, sizes.window, self.device)
+        self.random.value.fill_(-torch.inf)
         self.moments = Moments()
-        self.max = torch.full((rows,), -torch.inf, device=device)
-        self.min = torch.full((rows,), torch.inf, device=device)
-        self.fires = torch.zeros((2, rows), dtype=torch.int64, device=device)
-        self.bad = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.histogram = torch.zeros((rows, HISTOGRAM_BINS), dtype=torch.int64, device=device)
-        self.tokens = 0
-        self._column = torch.arange(rows, device=device)
 
-    def add(self, acts: Tensor, mask: Tensor, first: int, samples: Tensor, keys: Tensor, explain: Tensor) -> None:
-        """One batch: activations [B, T, width] at the site, mask [B, T] of positions that count.
+        def full(shape: Any, value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=self.device)
 
-        Args:
-            first: sample number of row 0; B is a power of two that divides it, missing rows are masked out whole.
-            samples, keys: [B] sample numbers and hash keys.
-            explain: [B] whether the sample is in the explain split.
-        """
-        step = ROWS if acts.device.type == "cpu" else len(acts)
-        high, low, sums = [], [], []
-        for at in range(0, len(acts), step):
-            part, inside = self.setup.units(acts[at : at + step]), mask[at : at + step, :, None]
-            high.append(torch.where(inside, part, -torch.inf).amax(1))
-            low.append(torch.where(inside, part, torch.inf).amin(1))
-            self.fires[0] += ((part > 0) & inside).sum((0, 1))
-            self.fires[1] += ((part < 0) & inside).sum((0, 1))
-            # A masked position adds exactly nothing to any power sum.
-            moved = torch.where(inside, part - self.setup.shift, 0.0)
-            square = moved * moved
-            powers = [moved.sum(1), square.sum(1), (square * moved).sum(1), (square * square).sum(1)]
-            sums.append(torch.stack(powers, 1).double())
-            chosen = part[mask[at : at + step]]
-            self.histogram += histogram(
-                torch.nan_to_num(chosen), self._column.expand(chosen.shape), len(self._column)
-            )
-        highest, lowest = torch.cat(high), torch.cat(low)
-        rows = mask.any(1)
-        self.bad |= (~torch.isfinite(highest[rows]) | ~torch.isfinite(lowest[rows])).any(0)
-        self.max = torch.maximum(self.max, highest.amax(0))
-        self.min = torch.minimum(self.min, lowest.amin(0))
-        self.tokens += int(mask.sum())
-        self.moments.add(first, torch.cat(sums))
-        parts = [highest[:, : self.n_units] if p > 0 else -lowest[:, : self.n_units] for p in self.setup.polarities]
-        maxima = torch.cat([*parts, highest[:, self.n_units :]], 1)
-        maxima = torch.where(maxima > 0, maxima, -torch.inf)
-        for split, chosen_rows in (("explain", rows & explain), ("score", rows & ~explain)):
-            self.best[split].add(maxima[chosen_rows], samples[chosen_rows], keys[chosen_rows])
+        self.high, self.low = full((width,), -torch.inf, torch.float32), full((width,), torch.inf, torch.float32)
+        self.fires = full((2, width), 0, torch.int64)
+        self.bad = full((width,), False, torch.bool)
+        self.histogram = full((width, HISTOGRAM_ROW), 0, torch.int32)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The state as arrays."""
-        found: dict[str, np.ndarray] = {
-            "max": self.max.cpu().numpy(), "min": self.min.cpu().numpy(), "fires": self.fires.cpu().numpy(),
-            "bad": self.bad.cpu().numpy(), "histogram": self.histogram.cpu().numpy(),
-            "tokens": np.array(self.tokens, dtype=np.int64),
-        }  # fmt: skip
-        found |= {f"moments.{k}": v for k, v in self.moments.arrays().items()}
-        for split in SPLITS:
-            found |= {f"{split}.{k}": v for k, v in self.best[split].arrays().items()}
-        return found
+    def add(self, read: Callable[[slice], Tensor], mask: Tensor, batch: Batch) -> None:
+        """One batch: `read(rows)` gives the activations [b, T, W] float32 of some rows, mask [B, T] what counts of them."""
+        rows, length, width = len(mask), mask.shape[1], len(self.shift)
+        sums = torch.empty((rows, 4, width), dtype=torch.float64, device=self.device)
+        on_cpu = self.device.type == "cpu"
+        update, size = (_update_cpu, CPU_PASS) if on_cpu else (device.update, GPU_PASS)
+        step = max(1, size // (length * width))
+        for at in range(0, rows, step):
+            part = slice(at, min(at + step, rows))
+            update(self, read(part), mask[part], batch.part(part), sums[part])
+        self.moments.add(batch.first, sums)
 
-    def merge(self, arrays: dict[str, np.ndarray]) -> None:
-        """Adds the state of other samples."""
+    @cached_property
+    def cpu_arrays(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The state's memory as the arguments of `kernel.update` before and after `sums`."""
+        fixed = (self.shift.numpy(), np.array(self.signs, dtype=np.float32), self.sizes.before, self.sizes.after)
+        whole = (self.high, self.low, self.fires, self.bad, self.histogram)
+        drawn = (self.random.value, self.random.place, self.random.ties, self.random.window)
+        views = [t.numpy() for t in whole]
+        views[-1] = views[-1].view(np.uint32)
+        kept = (tuple(getattr(k, name).numpy() for k in self.kept) for name in KEPT)
+        return (*fixed, *views), (*kept, *(t.numpy() for t in drawn))
 
-        def part(name: str) -> Any:
-            return torch.from_numpy(arrays[name])
+    def arrays(self, units: Tensor | None = None) -> dict[str, np.ndarray]:
+        """The state of some units, given by their places, as arrays."""
+        width = len(self.shift)
+        units = torch.arange(width) if units is None else units
+        units = units.to(self.device)
+        columns = torch.cat([units + i * width for i in range(len(self.signs))])
+        found = {"high": self.high[units], "low": self.low[units], "fires": self.fires[:, units], "bad": self.bad[units]}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
+        # The counts of a lease fit 32 bits without a sign.
+        counts = self.histogram[units, :HISTOGRAM_BINS].cpu().numpy().view(np.uint32)
+        arrays["histogram"] = counts.astype(np.int64)
+        arrays |= {f"moments.{k}": v for k, v in self.moments.arrays(units).items()}
+        for name, kept in zip((*LISTS, "random"), (*self.kept, self.random), strict=True):
+            arrays |= {f"{name}.{k}": v for k, v in kept.arrays(columns).items()}
+        return arrays
 
-        def under(prefix: str) -> dict[str, np.ndarray]:
-            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
-        self.max, self.min = torch.maximum(self.max, part("max")), torch.minimum(self.min, part("min"))
-        self.fires += part("fires")
-        self.bad |= part("bad")
-        self.histogram += part("histogram")
-        self.tokens += int(arrays["tokens"])
-        self.moments.merge(under("moments."))
-        for split in SPLITS:
-            self.best[split].merge(under(f"{split}."))
+def state_bytes(units: int, signs: int, sizes: Sizes, batch: int, samples: int) -> int:
+    """Bytes of the state of a group of units, the power sums of a batch included."""
+    entry = 8 + 4 + 4 + 4 + 4 + 4 * sizes.window
+    column = (sum(sizes.lists) + sizes.random) * entry + 8 * (len(sizes.lists) + 1)
+    row = 4 + 4 + 4 + 16 + 1 + 4 * HISTOGRAM_ROW + 32 * (2 * batch + max(samples, 1).bit_length())
+    return units * (signs * column + row)
+
+
+def _update_cpu(state: UnitState, acts: Tensor, mask: Tensor, batch: Batch, sums: Tensor) -> None:
+    from raylabel.stages import kernel
+
+    values, given = acts.contiguous().numpy(), state.cpu_arrays
+    wanted = (
+        mask.numpy(), batch.lengths, batch.split, batch.samples, batch.lots, batch.chosen, *given[0], sums.numpy(), *given[1],
+    )  # fmt: skip
+
+    def part(first: int, last: int) -> None:
+        kernel.update(values, values.view(np.int32), first, last, *wanted)
+
+    width, threads = values.shape[2], torch.get_num_threads()
+    share = -(-width // (threads * kernel.BLOCK)) * kernel.BLOCK
+    starts = range(0, width, share)
+    if len(starts) == 1:
+        part(0, width)
+    else:
+        list(_pool(threads).map(lambda a: part(a, min(a + share, width)), starts))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)

@@ -23,7 +23,7 @@ from raylabel.errors import BadInput
 from raylabel.sources.corpus import chunks, documents
 from raylabel.stages.arrays import lists, read_table, table_bytes
 from raylabel.stages.base import Stage, Step
-from raylabel.stages.subject import SubjectWorker, fingerprint, open_tokenizer
+from raylabel.stages.subject import SubjectWorker, fingerprint, latents_fingerprint, open_tokenizer
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output, Shard
@@ -226,6 +226,11 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
         raise BadInput("exemplars.corpus.path is required: a text file, a folder, or `stdlib`")
     model = fingerprint(config)
     subject = config.subject.model_dump(mode="json", include={"site", "dtype", "device", "trust_remote_code"})
+    # Only where they are asked for: a run without them keeps its units.
+    if config.subject.latents is not None:
+        subject["latents"] = latents_fingerprint(config)
+    if config.subject.polarity == "quadrants":
+        subject["quadrants"] = True
     pieces = [{**chunk, "model": model} for chunk in chunks(corpus.path, corpus.column)]
     steps = [
         Step("subject", [{**subject, "model": model}], SubjectWorker, model=True),

@@ -9,7 +9,7 @@
   Row `text` of `rows` is an index into it. A text serves all units and windows that ask for it, since what follows a
   position does not change it in a causal model.
 
-Only words that start at or before the MAT word are varied, for the same reason. Activations are polarity * activation.
+Only words that start at or before the MAT word are varied, for the same reason. Activations are sign(polarity) * activation.
 The published method's code replaced characters, every occurrence of them, and ran the phrase without its context
 (fbarez/neuroplasticity); here one word's own span changes and all before it stays.
 """

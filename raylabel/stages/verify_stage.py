@@ -91,7 +91,8 @@ class RemeasureLink(Link):
         layer, subject = unit.key["layer"], self.subject
         decoys = None
         if unit.key["controls"]:
-            decoys = load_decoys(self.pilot, layer, self.facts["width"], self.config.run.seed, subject.device)
+            on = subject.layer_device(layer)
+            decoys = load_decoys(self.pilot, layer, self.facts["site_width"], self.config.run.seed, on)
         sink = float(self.pilot[f"sink.{layer}"])
         rows, failures = measure.measure(subject, layer, plan, decoys, sink=sink)
         notes = []

@@ -54,10 +54,13 @@ class Blob:
 
 @dataclass
 class Output:
-    """Everything a unit produced: shards, blobs, rows for `failures`, and notes for the manifest."""
+    """Everything a unit produced: shards, blobs, rows for `failures`, and notes for the manifest.
+
+    Shards and blobs may be generators: each is written before the next is made, and they may add to the notes.
+    """
 
     shards: Iterable[Shard] = field(default_factory=list)
-    blobs: list[Blob] = field(default_factory=list)
+    blobs: Iterable[Blob] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 

@@ -82,6 +82,17 @@ class Fake:
     pad_id: int = BOS
     tokens_seen: int = 0
     longest: list[tuple[int, int]] = field(default_factory=list)
+    latents: None = None
+
+    @property
+    def width(self) -> int:
+        return len(self.rules)
+
+    def layer_device(self, layer: int) -> torch.device:
+        return self.device
+
+    def read(self, layer: int, acts: Tensor, columns: Tensor) -> Tensor:
+        return acts[..., columns].float()
 
     def run(self, ids: Tensor, layers: Sequence[int], visit: Any) -> None:
         self.tokens_seen += ids.numel()
