@@ -41,7 +41,8 @@ class AccumulateWorker(Scanner):
 
     def __call__(self, unit: Unit) -> Output:
         samples = load_samples(self.run, unit.key["first"], unit.key["last"])
-        notes: dict[str, Any] = {}
+        # A worker that ran out of memory in an earlier lease goes on with what fits.
+        notes: dict[str, Any] = {} if self.batch == self.facts["batch"] else {"batch_halved_to": self.batch}
         return Output(blobs=self._blobs(samples, unit.key["first"], notes), notes=notes)
 
     def _blobs(self, samples: Samples, first: int, notes: dict[str, Any]) -> Iterator[Blob]:

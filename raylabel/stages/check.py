@@ -65,7 +65,8 @@ def _memory(
     devices = {layer: str(subject.layer_device(layer)) for layer in states}
     groups = layer_groups(states, devices)
     largest = max((sum(states[layer] for layer in group), group) for group in groups)
-    beside = overhead_bytes(states, max(columns.values()), batch, config.subject.context, subject.device.type == "cuda")
+    on_gpu = subject.device.type == "cuda"
+    beside = overhead_bytes(max(states.values()), max(columns.values()), batch, config.subject.context, on_gpu)
     return sum(states.values()), peak_bytes(str(subject.device)) + largest[0] + beside, len(groups)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,7 @@ class CloseWorker(Scanner):
         directions: torch.Tensor, decoy: bool,
     ) -> Output:  # fmt: skip
         layer = unit.key["layer"]
-        parts = [read_arrays(data) for _, data in self.run.temporaries(unit, "accumulate", name)]
-        merged = merge(parts)
+        merged = merge(read_arrays(data) for _, data in self.run.temporaries(unit, "accumulate", name))
         columns: dict[str, np.ndarray] = {
             "neuron": np.tile(neurons.astype(np.int32), regimes * len(signs)),
             "polarity": np.repeat([s * (1 + r) for s in signs for r in range(regimes)], len(neurons)).astype(np.int8),
@@ -141,29 +141,33 @@ class CloseWorker(Scanner):
         })  # fmt: skip
 
 
-def merge(parts: list[dict[str, np.ndarray]]) -> Merged:
-    """The states of the same units over different leases as one."""
-    moments = Moments()
+def merge(parts: Iterable[dict[str, np.ndarray]]) -> Merged:
+    """The states of the same units over different leases, one after another, as one."""
+    moments, whole = Moments(), dict[str, Any]()
     for part in parts:
         moments.merge({k: part[f"moments.{k}"] for k in ("nodes", "sums")})
+        lists = {name: fields(part, name) for name in LISTS}
+        if not whole:
+            whole = {name: part[name] for name in ("tokens", "high", "low", "fires", "bad", "histogram")} | {"lists": lists}
+            whole |= {"drawn": part["random"], "drawn_fields": fields(part, "random")}
+            continue
+        for name, add in ADDED.items():
+            whole[name] = add(whole[name], part[name])
+        whole["lists"] = {name: kept.merge(whole["lists"][name], lists[name]) for name in LISTS}
+        whole["drawn"] = np.concatenate([whole["drawn"], part["random"]])
+        more = fields(part, "random")
+        whole["drawn_fields"] = {k: np.concatenate([v, more[k]], 1) for k, v in whole["drawn_fields"].items()}
+    return Merged(**{**whole, "tokens": int(whole["tokens"])}, powers=moments.total().numpy())
 
-    def fields(part: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-        return {field: part[f"{name}.{field}"] for field in kept.FIELDS}
 
-    return Merged(
-        tokens=sum(int(part["tokens"]) for part in parts),
-        high=np.max([part["high"] for part in parts], 0),
-        low=np.min([part["low"] for part in parts], 0),
-        fires=np.sum([part["fires"] for part in parts], 0),
-        bad=np.any([part["bad"] for part in parts], 0),
-        histogram=np.sum([part["histogram"] for part in parts], 0),
-        powers=moments.total().numpy(),
-        lists={name: kept.merge([fields(part, name) for part in parts]) for name in LISTS},
-        drawn=np.concatenate([part["random"] for part in parts]),
-        drawn_fields={
-            field: np.concatenate([part[f"random.{field}"] for part in parts], 1) for field in kept.FIELDS
-        },
-    )  # fmt: skip
+ADDED = {
+    "tokens": np.add, "high": np.maximum, "low": np.minimum, "fires": np.add, "bad": np.logical_or, "histogram": np.add,
+}  # fmt: skip
+
+
+def fields(part: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """The arrays of a list in a lease's state."""
+    return {field: part[f"{name}.{field}"] for field in kept.FIELDS}
 
 
 def spread(firing: dict[str, np.ndarray], n: int) -> np.ndarray:

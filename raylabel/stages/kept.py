@@ -125,9 +125,7 @@ def best(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def merge(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def merge(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Lists of the same columns over different samples, as from `Kept.arrays`, into one."""
-    whole = {name: torch.from_numpy(parts[0][name]) for name in FIELDS}
-    for part in parts[1:]:
-        whole = best(whole, {name: torch.from_numpy(part[name]) for name in FIELDS})
-    return {name: tensor.numpy() for name, tensor in whole.items()}
+    found = best(*({name: torch.from_numpy(part[name]) for name in FIELDS} for part in (a, b)))
+    return {name: tensor.numpy() for name, tensor in found.items()}

@@ -92,10 +92,10 @@ def _powers(rows: Any, first: int, n: int, at: Any, count: int, shift: Any, high
 def _extremes(sums: Any, highest: Any, lowest: Any, n: int, begin: int, high: Any, low: Any, bad: Any) -> None:
     """Enters one sample's extremes in those of the whole, and units that gave no finite value in `bad`."""
     for c in range(n):
-        h, l = highest[c], lowest[c]
-        high[begin + c] = h if h > high[begin + c] else high[begin + c]
-        low[begin + c] = l if l < low[begin + c] else low[begin + c]
-        bad[begin + c] |= np.isnan(sums[c]) | (h == np.inf) | (l == -np.inf)
+        up, down = highest[c], lowest[c]
+        high[begin + c] = up if up > high[begin + c] else high[begin + c]
+        low[begin + c] = down if down < low[begin + c] else low[begin + c]
+        bad[begin + c] |= np.isnan(sums[c]) | (up == np.inf) | (down == -np.inf)
 
 
 @_compiled

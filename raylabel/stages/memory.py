@@ -10,13 +10,13 @@ import psutil
 import torch
 
 from raylabel.config import RunConfig
-from raylabel.stages.scanner import sizes
+from raylabel.stages.scanner import CLOSE_NEURONS, sizes
 from raylabel.stages.state import GPU_PASS, state_bytes
 
 STATE_SHARE = 0.6
 """Share of the free memory of a device that states may fill."""
-WRITTEN = 3
-"""Copies of a file of state while it is written."""
+WRITTEN = 6
+"""Copies of a part of a layer's state while it is written, or merged and made into rows."""
 UPDATE_BYTES = 40
 """Temporary bytes an activation on a GPU, in the pieces of `state.GPU_PASS` that an update handles."""
 
@@ -29,10 +29,11 @@ def layer_bytes(config: RunConfig, columns: int, signs: int, random: int, batch:
     return state_bytes(columns, signs, kept, batch, samples) + state_bytes(config.controls.decoys, 1, kept, batch, samples)
 
 
-def overhead_bytes(states: dict[int, int], columns: int, batch: int, context: int, on_gpu: bool) -> int:
-    """Bytes that an update or the writing of the states takes beside them, at most."""
+def overhead_bytes(state: int, columns: int, batch: int, context: int, on_gpu: bool) -> int:
+    """Bytes that an update, or the writing of a layer's `state` of so many columns, takes beside the states, at most."""
     activations = min(batch * context * columns, GPU_PASS)
-    return max(activations * UPDATE_BYTES if on_gpu else 0, WRITTEN * max(states.values()))
+    part = state * min(1, CLOSE_NEURONS / max(columns, 1))
+    return int(activations * UPDATE_BYTES if on_gpu else WRITTEN * part)
 
 
 def layer_groups(

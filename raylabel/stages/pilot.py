@@ -13,8 +13,8 @@ import torch
 
 from raylabel.config import RunConfig
 from raylabel.models.controls import Decoys, draw_directions, fit_decoys
-from raylabel.stages.samples import Samples
 from raylabel.stages.positions import sinks
+from raylabel.stages.samples import Samples
 
 PILOT_SAMPLES, PILOT_POSITIONS = 64, 2048
 

@@ -22,7 +22,7 @@ from raylabel.stages.subject import open_subject
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
 
-CLOSE_NEURONS = 4096
+CLOSE_NEURONS = 1024
 """Neurons that one unit of the last step handles."""
 
 

@@ -79,8 +79,8 @@ def statistics(
         rows.append({
             "neuron": neuron, "polarity": polarity, "site": site,
             "tokens_seen": state.tokens, "fires": fires, "mean": sign * (s1[r] + float(shift[r])),
-            "variance": max(variance[r], 0.0), "skewness": sign * skewness[r] if spreads else None,
-            "kurtosis": kurtosis[r] if spreads else None, "max": _finite(high), "min": _finite(low),
+            "variance": max(variance[r], 0.0), "skewness": _finite(sign * skewness[r]) if spreads else None,
+            "kurtosis": _finite(kurtosis[r]) if spreads else None, "max": _finite(high), "min": _finite(low),
             "histogram": counts.tolist(), "top_mean": tops.mean() if len(tops) else None,
             "logits_up": up, "logits_down": down, "dead": fires == 0, "dense": fires > DENSE * n,
         })  # fmt: skip

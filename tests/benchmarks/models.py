@@ -95,6 +95,9 @@ def _randomise(model: torch.nn.Module, layers: int, seed: int) -> None:
         done.add(id(weight))
         inputs = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
         spread = 1.0 if isinstance(module, torch.nn.Embedding) else 1 / math.sqrt(inputs)
+        if name.endswith("wpe"):
+            # Else units would fire on positions and not on words.
+            spread = 0.1
         if f"{name}.weight".endswith(WRITERS):
             spread /= math.sqrt(2 * layers)
         generator = torch.Generator(weight.device).manual_seed(seed + len(done))
