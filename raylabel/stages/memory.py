@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
@@ -76,7 +78,13 @@ def peak_bytes(device: str) -> int:
     """The most memory that this process has held so far: on a GPU by tensors, on a CPU in all."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(torch.device(device)))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What `getrusage` says is inherited from the process that started this one.
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -28,8 +28,8 @@ from tests.benchmarks.report import Row
 ALL_TOKENS = 10_000_000
 MANY = 20_000
 """Samples that the goal with windows speaks of."""
-LEASE_BATCHES = {"cpu": 4, "cuda": 16}
-"""Batches in a lease of a larger model: what minutes allow. A real lease is longer and dearer at its beginning only, while
+LEASE_SAMPLES = {"cpu": 192, "cuda": 2048}
+"""Samples in a lease of a larger model: what minutes allow. A real lease is longer and dearer at its beginning only, while
 nearly every sample is among a unit's best, so these ratios are upper bounds."""
 LEASE_PAIRS = 2
 LEAST = 0.5
@@ -97,11 +97,10 @@ def _names(settings: Settings) -> list[str]:
 def _pairs(settings: Settings, name: str, model: str, windows: bool, out: Path) -> tuple[Any, str]:
     """Leases of a model in turn with bare passes over them, and the sizes in words."""
     whole = name == "demo" and not settings.quick
-    batch = 128 if settings.on_gpu else 32
     # Leases of the demo model are those of a real run.
-    size, context = 2 * batch if settings.quick else LEASE_BATCHES[settings.device] * batch, 128
+    size, context = 64 if settings.quick else LEASE_SAMPLES[settings.device], 128
     tokens = ALL_TOKENS if whole else (LEASE_PAIRS + 2) * size * context
-    sections = [runs.NO_VECTORS, {"subject": {"batch": batch}}, *([] if windows else [runs.WITHOUT_WINDOWS])]
+    sections = [runs.NO_VECTORS, *([] if windows else [runs.WITHOUT_WINDOWS])]
     wanted = runs.config(model, out, settings.device, context, tokens, *sections)
     if not whole:
         corpus = {"exemplars": {"corpus": {"path": str(models.long_corpus(settings.folder, 100_000))}}}
@@ -114,7 +113,7 @@ def _pairs(settings: Settings, name: str, model: str, windows: bool, out: Path) 
     worker = AccumulateWorker(run.files.url)
     real = [(unit.key["first"], unit.key["last"]) for unit in units]
     # The lease that does not count is a short one.
-    leases = [(0, batch), *(real if whole else [(i * size, (i + 1) * size) for i in range(LEASE_PAIRS)])]
+    leases = [(0, worker.batch), *(real if whole else [(i * size, (i + 1) * size) for i in range(LEASE_PAIRS)])]
     given = [batches_of(worker, first, last) for first, last in leases]
     tokens = sum(ids.numel() for batches in given[1:] for ids in batches)
     pairs = paired(

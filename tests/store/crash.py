@@ -47,7 +47,7 @@ def arm(writes: int, moment: str) -> None:
 def main(config: str, out: str, seed: int) -> int:
     draw, kills = random.Random(seed), 0
     while True:
-        writes, moment = draw.randint(4, 24), draw.choice(["before", "half", "rename", "after"])
+        writes, moment = draw.randint(3, 16), draw.choice(["before", "half", "rename", "after"])
         child = os.fork()
         if child == 0:
             code = 1
