@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raylabel.models.controls import draw_directions, fit_decoys
+from raylabel.models.controls import draw_directions, fit_decoys, stretches
 
 
 def pilot(rows: int = 4000, width: int = 24, seed: int = 0) -> torch.Tensor:
@@ -80,3 +80,19 @@ def test_pilots_that_cannot_be_used() -> None:
         fit_decoys(torch.tensor([[1.0, float("nan")], [2.0, 3.0]]), 4, seed=0, layer=0)
     with pytest.raises(ValueError, match="width"):
         fit_decoys(torch.zeros(2, 3, 4), 4, seed=0, layer=0)
+
+
+def test_decoys_of_a_wide_layer_mix_the_units_of_their_stretch() -> None:
+    acts = torch.randn(300, 1100, generator=torch.Generator().manual_seed(0)) + 3
+    decoys = fit_decoys(acts, 7, seed=0, layer=0)
+    parts = stretches(1100, 7)
+    assert [(u.start, u.stop, d.start, d.stop) for u, d in parts] == [(0, 550, 0, 3), (550, 1100, 3, 7)]
+    for units, columns in parts:
+        outside = decoys.directions[:, columns].clone()
+        outside[units] = 0
+        assert not outside.any()
+    torch.testing.assert_close(decoys.directions.norm(dim=0), torch.ones(7))
+    by_definition = decoys.offset + decoys.gain * ((acts - decoys.centre) @ decoys.directions)
+    torch.testing.assert_close(decoys(acts), by_definition, rtol=1e-4, atol=1e-4)
+    assert stretches(512, 256) == [(slice(0, 512), slice(0, 256))]
+    assert len(stretches(14336, 256)) == 8
