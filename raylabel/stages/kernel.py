@@ -25,7 +25,14 @@ FLUSH = 64
 HALF = np.int32(len(MAGNITUDES))
 OCTAVE_ZERO = np.int32((127 + HISTOGRAM_LOW) << 1)
 _LOW = np.int64(0xFFFFFFFF)
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+def _compiled(function: Any) -> Any:
+    """Compiled at the first call, kept on disk where there is a folder to write to."""
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 @_compiled

@@ -15,7 +15,7 @@ from raylabel.config import RunConfig
 from raylabel.models.controls import Decoys
 from raylabel.stages.arrays import read_arrays
 from raylabel.stages.base import Key, neuron_ranges
-from raylabel.stages.pilot import load_decoys
+from raylabel.stages.pilot import finite, load_decoys
 from raylabel.stages.samples import Samples
 from raylabel.stages.state import Batch, Sizes, UnitState
 from raylabel.stages.subject import open_subject
@@ -72,16 +72,16 @@ class LayerState:
         self.units.add(lambda rows: subject.read(self.layer, acts[rows], self.setup.columns), mask, batch)
         if self.decoys is not None:
             decoys: Decoys = self.setup.decoys  # type: ignore[assignment]
-            self.decoys.add(lambda rows: finite(decoys, acts[rows]), mask, batch)
+            self.decoys.add(lambda rows: controlled(decoys, acts[rows]), mask, batch)
 
 
-def finite(decoys: Decoys, acts: Tensor) -> Tensor:
+def controlled(decoys: Decoys, acts: Tensor) -> Tensor:
     """The decoys' activations; a broken neuron is reported under its own name and does not take them with it."""
     if acts.device.type == "cpu":
         found = decoys(acts)
         if torch.isfinite(found.sum()):
             return found
-    return decoys(torch.nan_to_num(acts.float(), nan=0.0, posinf=0.0, neginf=0.0))
+    return decoys(finite(acts.float()))
 
 
 class Scanner:

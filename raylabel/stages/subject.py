@@ -19,6 +19,8 @@ from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output
 
 _DEFAULT_SITE = SubjectConfig.model_fields["site"].default
+FACTS_VERSION = 2
+"""Raised when later stages need other facts: a run directory of an earlier version then looks its subject up again."""
 PACE_SAMPLES = 8
 """Samples of the forward pass that is timed."""
 HASHED_WHOLE = 64_000_000

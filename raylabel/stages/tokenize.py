@@ -23,7 +23,7 @@ from raylabel.errors import BadInput
 from raylabel.sources.corpus import chunks, documents
 from raylabel.stages.arrays import lists, read_table, table_bytes
 from raylabel.stages.base import Stage, Step
-from raylabel.stages.subject import SubjectWorker, fingerprint, latents_fingerprint, open_tokenizer
+from raylabel.stages.subject import FACTS_VERSION, SubjectWorker, fingerprint, latents_fingerprint, open_tokenizer
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output, Shard
@@ -233,7 +233,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
         subject["quadrants"] = True
     pieces = [{**chunk, "model": model} for chunk in chunks(corpus.path, corpus.column)]
     steps = [
-        Step("subject", [{**subject, "model": model}], SubjectWorker, model=True),
+        Step("subject", [{**subject, "model": model, "facts": FACTS_VERSION}], SubjectWorker, model=True),
         Step("read", pieces, ReadWorker),
         Step("samples", [{}], NumberWorker),
     ]
