@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
+from raylabel.compiled import compiled
 from raylabel.tables import HISTOGRAM_LOW, MAGNITUDES
 
 BLOCK = 256
 """Units whose sums are in the cache together."""
 BIN_BLOCK = 64
 """Units whose histograms are in the cache together."""
+PEAK_SHARE = 16
+"""One in so many columns of a block that has a peak to look for makes it worth to look at all."""
 FLUSH = 64
 """Positions whose powers are summed in float32 before they are added in float64."""
 HALF = np.int32(len(MAGNITUDES))
@@ -27,15 +29,7 @@ OCTAVE_ZERO = np.int32((127 + HISTOGRAM_LOW) << 1)
 _LOW = np.int64(0xFFFFFFFF)
 
 
-def _compiled(function: Any) -> Any:
-    """Compiled at the first call, kept on disk where there is a folder to write to."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-@_compiled
+@compiled
 def _powers(rows: Any, first: int, n: int, at: Any, count: int, shift: Any, high: Any, low: Any, fires: Any, sums: Any) -> None:
     """Maxima, minima, counts and power sums of the columns first .. first + n of one sample's [T, W] rows."""
     one, zero = np.int32(1), np.int32(0)
@@ -95,7 +89,7 @@ def _powers(rows: Any, first: int, n: int, at: Any, count: int, shift: Any, high
             sums[3, first + c] += s4[c]
 
 
-@_compiled
+@compiled
 def _extremes(sums: Any, highest: Any, lowest: Any, n: int, begin: int, high: Any, low: Any, bad: Any) -> None:
     """Enters one sample's extremes in those of the whole, and units that gave no finite value in `bad`."""
     for c in range(n):
@@ -105,13 +99,13 @@ def _extremes(sums: Any, highest: Any, lowest: Any, n: int, begin: int, high: An
         bad[begin + c] |= np.isnan(sums[c]) | (up == np.inf) | (down == -np.inf)
 
 
-@_compiled
+@compiled
 def _top_key(extreme: Any, sample: Any) -> Any:
     """See `kept.top_orders`."""
     return (np.int64(np.float32(extreme).view(np.int32)) << 32) | (_LOW - sample)
 
 
-@_compiled
+@compiled
 def _entering(
     bits: Any, n: int, sign: Any, sample: Any, lot: Any, always: bool, top: Any, firing: Any, todo: Any
 ) -> int:  # fmt: skip
@@ -127,7 +121,7 @@ def _entering(
     return found
 
 
-@_compiled
+@compiled
 def _count_bins(rows: Any, first: int, n: int, at: Any, count: int, bins: Any, counts: Any) -> None:
     """Adds one sample's values to the histograms `counts` [.., 128] (flat) of the columns first .. first + n."""
     for k in range(count):
@@ -142,7 +136,7 @@ def _count_bins(rows: Any, first: int, n: int, at: Any, count: int, bins: Any, c
             counts[bins[c]] += np.uint32(1)
 
 
-@_compiled
+@compiled
 def _insert(order: Any, value: Any, place: Any, ties: Any, slot: Any, key: Any, peak: Any, at: Any, tied: Any) -> Any:
     """Puts an entry where it belongs among a unit's entries of falling order; gives the slot of its window."""
     k = order.shape[0]
@@ -155,19 +149,28 @@ def _insert(order: Any, value: Any, place: Any, ties: Any, slot: Any, key: Any, 
     return free
 
 
-@_compiled
-def _peak(rows: Any, column: int, sign: Any, at: Any, count: int, extreme: Any) -> Any:
-    """(first position, number of further ones) at which sign * activation is `extreme`."""
-    place, found = -1, 0
+@compiled
+def _peaks(rows: Any, first: int, n: int, at: Any, count: int, extremes: Any, todo: Any, place: Any, found: Any) -> None:
+    """For the columns `todo` of first .. first + n: first position of the extreme, -1 for none, and number of positions."""
+    if len(todo) * PEAK_SHARE < n:
+        for c in todo:
+            place[c], found[c] = -1, 0
+            for k in range(count):
+                if rows[at[k], first + c] == extremes[c]:
+                    place[c] = at[k] if found[c] == 0 else place[c]
+                    found[c] += 1
+        return
+    # Where many samples enter, whole rows are faster than single columns.
+    place[:n], found[:n] = -1, 0
     for k in range(count):
-        if sign * rows[at[k], column] == extreme:
-            if place < 0:
-                place = at[k]
-            found += 1
-    return place, found - 1
+        row, here = rows[at[k], first : first + n], np.int32(at[k])
+        for c in range(n):
+            same = row[c] == extremes[c]
+            place[c] = here if same and found[c] == 0 else place[c]
+            found[c] += np.int32(1) if same else np.int32(0)
 
 
-@_compiled
+@compiled
 def _window(rows: Any, column: int, sign: Any, start: int, stop: int, into: Any) -> None:
     for t in range(start, stop):
         into[t - start] = sign * rows[t, column]
@@ -175,7 +178,7 @@ def _window(rows: Any, column: int, sign: Any, start: int, stop: int, into: Any)
         into[t] = 0
 
 
-@_compiled
+@compiled
 def update(
     acts: Any, bits: Any, first: int, last: int, mask: Any, lengths: Any,
     split: Any, samples: Any, lots: Any, chosen: Any, shift: Any, signs: Any, before: int, after: int,
@@ -207,6 +210,7 @@ def update(
     fired = np.empty((2, BLOCK), np.int32)
     bits_high, bits_low = highest.view(np.int32), lowest.view(np.int32)
     bins, todo = np.empty(BIN_BLOCK, np.uint32), np.empty(BLOCK, np.int32)
+    peaks, found = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
     for begin in range(first, last, BLOCK):
         n = min(BLOCK, last - begin)
         fired[:] = 0
@@ -227,10 +231,13 @@ def update(
                     bits_high if sign > 0 else bits_low, n, sign, samples[b], lots[b], chosen[b] >= 0,
                     floor[2 * s][offset : offset + n], floor[2 * s + 1][offset : offset + n], todo,
                 )  # fmt: skip
+                if entering:
+                    extremes = highest if sign > 0 else lowest
+                    _peaks(rows, begin, n, here, count, extremes, todo[:entering], peaks, found)
                 for j in range(entering):
                     c = todo[j]
                     extreme = highest[c] if sign > 0 else -lowest[c]
-                    peak, tied = _peak(rows, begin + c, sign, here, count, extreme)
+                    peak, tied = peaks[c], found[c] - 1
                     if peak < 0:
                         continue
                     unit = offset + c

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raylabel.config import RunConfig
-from raylabel.models.controls import Decoys, draw_directions, fit_decoys
+from raylabel.models.controls import Decoys, draw_signs, fit_decoys
 from raylabel.stages.positions import sinks
 from raylabel.stages.samples import Samples
 
@@ -64,6 +64,5 @@ def load_decoys(pilot: dict[str, np.ndarray], layer: int, width: int, seed: int,
     if f"gain.{layer}" not in pilot:
         return None
     n = len(pilot[f"gain.{layer}"])
-    directions = draw_directions(width, n, seed, layer).to(device)
-    parts = {name: torch.from_numpy(pilot[f"{name}.{layer}"]).to(device) for name in ("centre", "gain", "offset")}
-    return Decoys(directions=directions, **parts)
+    parts = {name: torch.from_numpy(pilot[f"{name}.{layer}"]) for name in ("centre", "gain", "offset")}
+    return Decoys(signs=draw_signs(width, n, seed, layer), **parts).to(device)

@@ -91,7 +91,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 SCAN = Stage(
-    name="scan", version=2, needs=("tokenize", "tokenize.subject"), tables=("exemplars", "statistics"), steps=_steps,
+    name="scan", version=3, needs=("tokenize", "tokenize.subject"), tables=("exemplars", "statistics"), steps=_steps,
     facts=("batch", "units"),
     reads=(
         "subject.units", "subject.layers", "subject.neurons", "subject.polarity", "exemplars.top", "exemplars.quantile",

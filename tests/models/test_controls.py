@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from raylabel.models.controls import draw_directions, fit_decoys, stretches
+from raylabel.models.controls import directions, draw_signs, fit_decoys
+from raylabel.models.hadamard import hadamard
 
 
 def pilot(rows: int = 4000, width: int = 24, seed: int = 0) -> torch.Tensor:
@@ -21,19 +22,54 @@ def pilot(rows: int = 4000, width: int = 24, seed: int = 0) -> torch.Tensor:
     return acts
 
 
-def test_directions_are_unit_vectors_and_the_same_everywhere() -> None:
-    directions = draw_directions(32, 200, seed=3, layer=5)
-    assert directions.shape == (32, 200) and directions.dtype == torch.float32
-    torch.testing.assert_close(directions.norm(dim=0), torch.ones(200))
+def test_signs_are_the_same_everywhere() -> None:
+    signs = draw_signs(32, 200, seed=3, layer=5)
+    assert signs.shape == (7, 1, 32) and signs.dtype == torch.float32 and set(signs.unique().tolist()) == {-1, 1}
     torch.manual_seed(99)
-    assert torch.equal(directions, draw_directions(32, 200, seed=3, layer=5))
-    assert not torch.equal(directions, draw_directions(32, 200, seed=3, layer=6))
-    assert not torch.equal(directions, draw_directions(32, 200, seed=4, layer=5))
+    assert torch.equal(signs, draw_signs(32, 200, seed=3, layer=5))
+    assert not torch.equal(signs, draw_signs(32, 200, seed=3, layer=6))
+    assert not torch.equal(signs, draw_signs(32, 200, seed=4, layer=5))
     # A fixed value: another machine or version that draws otherwise would mix two sets of decoys in one run.
-    assert directions[:2, 0].tolist() == pytest.approx([0.12930477, 0.19580163], abs=1e-6)
-    # Gaussian columns point every way: their mean is near zero and they are nearly orthogonal.
-    assert directions.mean(dim=1).abs().max() < 4 / math.sqrt(32 * 200)
-    assert (directions.T @ directions - torch.eye(200)).abs().mean() < 0.2
+    assert signs[0, 0, :12].tolist() == [1, -1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1]
+
+
+@pytest.mark.parametrize(("width", "n"), [(512, 256), (300, 256), (24, 16), (24, 100), (3, 5), (1, 3), (700, 1), (2048, 40)])
+def test_directions_are_random_signs_of_every_unit(width: int, n: int) -> None:
+    found = directions(draw_signs(width, n, seed=3, layer=5), width, n)
+    assert found.shape == (width, n)
+    torch.testing.assert_close(found.abs(), torch.full((width, n), width**-0.5))
+    # Plus as often as minus, in every direction and every unit, as coins fall: four standard deviations.
+    assert found.sign().mean().abs() < 4 / math.sqrt(min(width * n, width * 2**10))
+    products = (found.T @ found - torch.eye(n)).abs()
+    if width >= 24:
+        # No two are the same or near it.
+        assert products.max() < min(0.99, 6 / math.sqrt(width))
+
+
+def test_signs_of_a_decoy_are_independent_coins() -> None:
+    width, n = 8, 8
+    many = torch.stack([directions(draw_signs(width, n, seed, 0), width, n).sign() for seed in range(4000)])
+    for i in (0, 3, 7):
+        patterns = ((many[:, :, i] > 0) * 2 ** torch.arange(width)).sum(1)
+        counts = torch.bincount(patterns, minlength=2**width).double()
+        chi = float(((counts - 4000 / 256) ** 2 / (4000 / 256)).sum())
+        assert 255 - 5 * math.sqrt(510) < chi < 255 + 5 * math.sqrt(510)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16, 32, 256])
+def test_the_matrix_is_a_hadamard_matrix(size: int) -> None:
+    matrix = hadamard(size)
+    assert torch.equal(matrix.abs(), torch.ones(size, size))
+    assert torch.equal(matrix.T @ matrix, size * torch.eye(size))
+
+
+@pytest.mark.parametrize(("width", "n"), [(512, 256), (1100, 7), (300, 256), (24, 100), (3, 5), (1, 1), (40, 17), (600, 33)])
+def test_decoys_are_what_their_directions_say(width: int, n: int) -> None:
+    acts = torch.randn(300, width, generator=torch.Generator().manual_seed(0)) + 3
+    decoys = fit_decoys(acts, n, seed=0, layer=0)
+    by_definition = decoys.offset + decoys.gain * ((acts - decoys.centre) @ decoys.directions)
+    for found in (decoys(acts), decoys.in_torch(acts)):
+        torch.testing.assert_close(found, by_definition, rtol=1e-4, atol=1e-3)
 
 
 def test_every_decoy_has_the_moments_of_a_real_unit() -> None:
@@ -55,11 +91,11 @@ def test_decoys_are_deterministic_and_do_not_see_the_batch() -> None:
     acts = pilot()
     decoys, again = (fit_decoys(acts, 16, seed=1, layer=0) for _ in range(2))
     assert torch.equal(decoys.gain, again.gain) and torch.equal(decoys.offset, again.offset)
-    assert torch.equal(decoys.directions, draw_directions(24, 16, 1, 0))
+    assert torch.equal(decoys.signs, draw_signs(24, 16, 1, 0))
     samples = acts[:60].view(6, 10, 24)
     together = decoys(samples)
     alone = torch.cat([decoys(sample[None]) for sample in samples])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+    assert torch.equal(together, alone)
 
 
 def test_half_precision_comes_in_and_float32_goes_out() -> None:
@@ -80,19 +116,3 @@ def test_pilots_that_cannot_be_used() -> None:
         fit_decoys(torch.tensor([[1.0, float("nan")], [2.0, 3.0]]), 4, seed=0, layer=0)
     with pytest.raises(ValueError, match="width"):
         fit_decoys(torch.zeros(2, 3, 4), 4, seed=0, layer=0)
-
-
-def test_decoys_of_a_wide_layer_mix_the_units_of_their_stretch() -> None:
-    acts = torch.randn(300, 1100, generator=torch.Generator().manual_seed(0)) + 3
-    decoys = fit_decoys(acts, 7, seed=0, layer=0)
-    parts = stretches(1100, 7)
-    assert [(u.start, u.stop, d.start, d.stop) for u, d in parts] == [(0, 550, 0, 3), (550, 1100, 3, 7)]
-    for units, columns in parts:
-        outside = decoys.directions[:, columns].clone()
-        outside[units] = 0
-        assert not outside.any()
-    torch.testing.assert_close(decoys.directions.norm(dim=0), torch.ones(7))
-    by_definition = decoys.offset + decoys.gain * ((acts - decoys.centre) @ decoys.directions)
-    torch.testing.assert_close(decoys(acts), by_definition, rtol=1e-4, atol=1e-4)
-    assert stretches(512, 256) == [(slice(0, 512), slice(0, 256))]
-    assert len(stretches(14336, 256)) == 8
