@@ -1,4 +1,4 @@
-"""A Hadamard matrix of 2^k rows, and its product with signed, folded rows without the matrix.
+"""A Hadamard matrix of 2^k rows, and its products with signed, folded rows without the matrix.
 
 The matrix is Sylvester's with its columns in the order in which the transform leaves them: entries +1 and -1, columns
 orthogonal. A row's result depends on nothing but that row, bit for bit.
@@ -44,32 +44,42 @@ def _butterflies(row: Any, least: int) -> None:
 
 
 @compiled
-def signed_transform(rows: Any, signs: Any, scale: Any, constant: Any, out: Any) -> None:
-    """`out[t, r * P + i]` = constant + scale * sum over b, j of rows[t, b * P + j] * signs[r, b, j] * hadamard(P)[j, i].
+def _transform(row: Any, turned: Any) -> None:
+    """`turned` = row @ hadamard(len(row)); `row` is used up."""
+    lanes = min(LANES, len(row))
+    parts = len(row) // lanes
+    _butterflies(row, lanes)
+    # Turned, so that what is added next lies far enough apart to be handled together.
+    for i in range(parts):
+        for k in range(lanes):
+            turned[k * parts + i] = row[i * lanes + k]
+    _butterflies(turned, parts)
+
+
+@compiled
+def mixed(rows: Any, drawn: Any, scale: Any, constant: Any, out: Any) -> None:
+    """Folds each of the rows, transforms it, gives it the signs between, transforms it again and scales it.
 
     Args:
         rows: float32 [N, width].
-        signs: [rounds, blocks, P], blocks * P >= width.
+        drawn: [rounds, 1 + blocks, P]: see `controls.draw`; blocks * P >= width.
         scale, constant: [n], n <= rounds * P; out: [N, n].
     """
-    rounds, blocks, size = signs.shape
+    rounds, blocks, size = drawn.shape
     width, n = rows.shape[1], out.shape[1]
-    lanes = min(LANES, size)
-    parts = size // lanes
     folded, turned = np.empty(size, np.float32), np.empty(size, np.float32)
     for t in range(len(rows)):
         for r in range(rounds):
             folded[:] = 0
-            for b in range(blocks):
-                units, sign = rows[t, b * size : min((b + 1) * size, width)], signs[r, b]
+            for b in range(blocks - 1):
+                units, sign = rows[t, b * size : min((b + 1) * size, width)], drawn[r, 1 + b]
                 for j in range(len(units)):
                     folded[j] += units[j] * sign[j]
-            _butterflies(folded, lanes)
-            # Turned, so that numbers next to each other lie far enough apart to be handled together.
-            for i in range(parts):
-                for k in range(lanes):
-                    turned[k * parts + i] = folded[i * lanes + k]
-            _butterflies(turned, parts)
+            _transform(folded, turned)
+            between = drawn[r, 0]
+            for j in range(size):
+                turned[j] *= between[j]
+            _transform(turned, folded)
             first = r * size
             for i in range(min(size, n - first)):
-                out[t, first + i] = turned[i] * scale[first + i] + constant[first + i]
+                out[t, first + i] = folded[i] * scale[first + i] + constant[first + i]

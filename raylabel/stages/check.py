@@ -12,7 +12,7 @@ from raylabel.config import RunConfig
 from raylabel.errors import BadInput
 from raylabel.sources.corpus import chunks, documents
 from raylabel.stages import prepare
-from raylabel.stages.memory import layer_bytes, layer_groups, overhead_bytes, peak_bytes
+from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes
 from raylabel.stages.scan import batch_size, lease_keys, lease_size
 from raylabel.stages.subject import facts, open_subject, tokens_per_second
 from raylabel.stages.units import polarities, wanted_units
@@ -36,7 +36,8 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     context, batch = config.subject.context, batch_size(config, found)
     rate = tokens_per_second(subject, batch, context, list(units))
     samples = -(-tokens // context)
-    leases = len(lease_keys(samples, lease_size(samples, batch, context, rate)))
+    state = sum(scan_bytes(config, units, signs, batch, samples).values())
+    leases = len(lease_keys(samples, lease_size(samples, batch, context, rate, state)))
     decoys = config.controls.decoys * len(units)
     states, peak, groups = _memory(config, subject, units, signs, batch, -(-samples // leases))
     return {
@@ -57,16 +58,13 @@ def _memory(
 
     The peak is what this process has needed so far for the model and the pass, and what the state adds to it.
     """
-    regimes, directions = max(abs(s) for s in signs), len([s for s in signs if abs(s) == 1])
-    columns = {layer: len(neurons) * regimes for layer, neurons in units.items()}
-    states = {
-        layer: layer_bytes(config, n, directions, 2 * config.exemplars.random, batch, lease) for layer, n in columns.items()
-    }
+    states = scan_bytes(config, units, signs, batch, lease)
     devices = {layer: str(subject.layer_device(layer)) for layer in states}
     groups = layer_groups(states, devices)
     largest = max((sum(states[layer] for layer in group), group) for group in groups)
+    columns = max(map(len, units.values())) * max(abs(s) for s in signs)
     on_gpu = subject.device.type == "cuda"
-    beside = overhead_bytes(max(states.values()), max(columns.values()), batch, config.subject.context, on_gpu)
+    beside = overhead_bytes(max(states.values()), columns, batch, config.subject.context, on_gpu)
     return sum(states.values()), peak_bytes(str(subject.device)) + largest[0] + beside, len(groups)
 
 

@@ -31,6 +31,15 @@ def layer_bytes(config: RunConfig, columns: int, signs: int, random: int, batch:
     return state_bytes(columns, signs, kept, batch, samples) + state_bytes(config.controls.decoys, 1, kept, batch, samples)
 
 
+def scan_bytes(
+    config: RunConfig, units: dict[int, list[int]], signs: tuple[int, ...], batch: int, samples: int
+) -> dict[int, int]:  # fmt: skip
+    """Bytes of the state of every layer over a lease, at most; `signs` as `units.polarities` gives them."""
+    regimes, directions = max(abs(s) for s in signs), len([s for s in signs if abs(s) == 1])
+    random = 2 * config.exemplars.random
+    return {layer: layer_bytes(config, len(n) * regimes, directions, random, batch, samples) for layer, n in units.items()}
+
+
 def overhead_bytes(state: int, columns: int, batch: int, context: int, on_gpu: bool) -> int:
     """Bytes that an update, or the writing of a layer's `state` of so many columns, takes beside the states, at most."""
     activations = min(batch * context * columns, GPU_PASS)

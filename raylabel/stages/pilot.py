@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raylabel.config import RunConfig
-from raylabel.models.controls import Decoys, draw_signs, fit_decoys
+from raylabel.models.controls import Decoys, draw, fit_decoys
 from raylabel.stages.positions import sinks
 from raylabel.stages.samples import Samples
 
@@ -65,4 +65,4 @@ def load_decoys(pilot: dict[str, np.ndarray], layer: int, width: int, seed: int,
         return None
     n = len(pilot[f"gain.{layer}"])
     parts = {name: torch.from_numpy(pilot[f"{name}.{layer}"]) for name in ("centre", "gain", "offset")}
-    return Decoys(signs=draw_signs(width, n, seed, layer), **parts).to(device)
+    return Decoys(drawn=draw(width, n, seed, layer), **parts).to(device)

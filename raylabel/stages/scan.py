@@ -15,10 +15,11 @@ from raylabel.stages.accumulate import AccumulateWorker
 from raylabel.stages.arrays import array_bytes
 from raylabel.stages.base import Key, Stage, Step, neuron_ranges
 from raylabel.stages.close import CloseWorker
+from raylabel.stages.memory import scan_bytes
 from raylabel.stages.pilot import pilot_samples, run_pilot
 from raylabel.stages.samples import load_samples
 from raylabel.stages.scanner import CLOSE_NEURONS, Scanner
-from raylabel.stages.units import wanted_units
+from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.plan import Unit, digest
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output
@@ -30,7 +31,10 @@ gives their memory back after every operation and takes it anew, page by page.""
 LEASES = 4
 """A scan has at least so many leases."""
 LEASE_SECONDS = 120
-"""Forward passes of a lease, by the pace that was measured: what a crash costs at most, and what a state is written for."""
+"""Forward passes of a lease, by the pace that was measured: what a crash costs at most."""
+STATE_PACE = 5_000_000
+"""Bytes of state that a second of a lease must carry, at most: a large state takes long to fill, to write and to merge, and
+is worth a longer lease."""
 
 
 class PilotWorker(Scanner):
@@ -57,9 +61,10 @@ def power_of_two(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 
 
-def lease_size(n: int, batch: int, context: int, pace: float, leases: int = LEASES) -> int:
-    """Samples of a lease, a multiple of the batch: of n in all, at `pace` tokens a second."""
-    size = min(-(-n // leases), int(pace * LEASE_SECONDS / context))
+def lease_size(n: int, batch: int, context: int, pace: float, state: int, leases: int = LEASES) -> int:
+    """Samples of a lease, a multiple of the batch: of n in all, at `pace` tokens a second, for `state` bytes in all."""
+    seconds = max(LEASE_SECONDS, state / STATE_PACE)
+    size = min(-(-n // leases), int(pace * seconds / context))
     return max(-(-size // batch), 1) * batch
 
 
@@ -74,7 +79,8 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     batch = batch_size(config, facts)
     wanted = digest({str(layer): neurons for layer, neurons in units.items()})
     n, pace = run.dataset("samples").count_rows(), json.loads(run.files.read("pace.json"))["tokens_per_second"]
-    lease = lease_size(n, batch, config.subject.context, pace)
+    state = sum(scan_bytes(config, units, polarities(config, facts), batch, n).values())
+    lease = lease_size(n, batch, config.subject.context, pace, state)
     resolved = {**facts, "batch": batch, "units": wanted, "n_units": sum(map(len, units.values())), "lease": lease}
     run.resolve(resolved, of=digest([config.subject.model_dump(mode="json"), facts, wanted, n]))
     leases = lease_keys(n, run.resolved["lease"])
@@ -91,7 +97,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 SCAN = Stage(
-    name="scan", version=3, needs=("tokenize", "tokenize.subject"), tables=("exemplars", "statistics"), steps=_steps,
+    name="scan", version=4, needs=("tokenize", "tokenize.subject"), tables=("exemplars", "statistics"), steps=_steps,
     facts=("batch", "units"),
     reads=(
         "subject.units", "subject.layers", "subject.neurons", "subject.polarity", "exemplars.top", "exemplars.quantile",

@@ -28,7 +28,7 @@ from tests.benchmarks.report import Row
 ALL_TOKENS = 10_000_000
 MANY = 20_000
 """Samples that the goal with windows speaks of."""
-LEASE_SAMPLES = {"cpu": 192, "cuda": 2048}
+LEASE_SAMPLES = {"cpu": 512, "cuda": 2048}
 """Samples in a lease of a larger model: what minutes allow. A real lease is longer and dearer at its beginning only, while
 nearly every sample is among a unit's best, so these ratios are upper bounds."""
 LEASE_PAIRS = 2

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from scipy.stats import kstest
 
-from raylabel.models.controls import directions, draw_signs, fit_decoys
+from raylabel.models.controls import draw, fit_decoys, unscaled
 from raylabel.models.hadamard import hadamard
 
 
@@ -22,38 +23,38 @@ def pilot(rows: int = 4000, width: int = 24, seed: int = 0) -> torch.Tensor:
     return acts
 
 
-def test_signs_are_the_same_everywhere() -> None:
-    signs = draw_signs(32, 200, seed=3, layer=5)
-    assert signs.shape == (7, 1, 32) and signs.dtype == torch.float32 and set(signs.unique().tolist()) == {-1, 1}
+def test_what_is_drawn_is_the_same_everywhere() -> None:
+    signs = draw(32, 200, seed=3, layer=5)
+    assert signs.shape == (7, 2, 32) and signs.dtype == torch.float32 and set(signs.unique().tolist()) == {-1, 1}
     torch.manual_seed(99)
-    assert torch.equal(signs, draw_signs(32, 200, seed=3, layer=5))
-    assert not torch.equal(signs, draw_signs(32, 200, seed=3, layer=6))
-    assert not torch.equal(signs, draw_signs(32, 200, seed=4, layer=5))
+    assert torch.equal(signs, draw(32, 200, seed=3, layer=5))
+    assert not torch.equal(signs, draw(32, 200, seed=3, layer=6))
+    assert not torch.equal(signs, draw(32, 200, seed=4, layer=5))
     # A fixed value: another machine or version that draws otherwise would mix two sets of decoys in one run.
-    assert signs[0, 0, :12].tolist() == [1, -1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1]
+    assert signs[0, 1, :12].tolist() == [1, -1, -1, -1, 1, -1, 1, 1, -1, 1, -1, -1]
 
 
 @pytest.mark.parametrize(("width", "n"), [(512, 256), (300, 256), (24, 16), (24, 100), (3, 5), (1, 3), (700, 1), (2048, 40)])
-def test_directions_are_random_signs_of_every_unit(width: int, n: int) -> None:
-    found = directions(draw_signs(width, n, seed=3, layer=5), width, n)
+def test_directions_have_length_one_and_differ(width: int, n: int) -> None:
+    acts = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    found = fit_decoys(acts, n, seed=3, layer=5).directions
     assert found.shape == (width, n)
-    torch.testing.assert_close(found.abs(), torch.full((width, n), width**-0.5))
-    # Plus as often as minus, in every direction and every unit, as coins fall: four standard deviations.
-    assert found.sign().mean().abs() < 4 / math.sqrt(min(width * n, width * 2**10))
-    products = (found.T @ found - torch.eye(n)).abs()
+    torch.testing.assert_close(found.norm(dim=0), torch.ones(n))
     if width >= 24:
-        # No two are the same or near it.
-        assert products.max() < min(0.99, 6 / math.sqrt(width))
+        assert (found.T @ found - torch.eye(n)).abs().max() < min(0.99, 6 / math.sqrt(min(width, 256)))
 
 
-def test_signs_of_a_decoy_are_independent_coins() -> None:
-    width, n = 8, 8
-    many = torch.stack([directions(draw_signs(width, n, seed, 0), width, n).sign() for seed in range(4000)])
-    for i in (0, 3, 7):
-        patterns = ((many[:, :, i] > 0) * 2 ** torch.arange(width)).sum(1)
-        counts = torch.bincount(patterns, minlength=2**width).double()
-        chi = float(((counts - 4000 / 256) ** 2 / (4000 / 256)).sum())
-        assert 255 - 5 * math.sqrt(510) < chi < 255 + 5 * math.sqrt(510)
+@pytest.mark.parametrize(("width", "n"), [(512, 256), (300, 256), (2048, 40)])
+def test_weights_are_as_good_as_gaussian(width: int, n: int) -> None:
+    drawn = [unscaled(draw(width, n, seed, 0), width, n).double() for seed in range(40)]
+    weights = torch.stack([raw[:256, seed] for seed, raw in enumerate(drawn)]) / 16
+    assert weights.square().mean() == pytest.approx(1, abs=1e-6)
+    assert weights.pow(4).mean() == pytest.approx(3, abs=0.25)
+    # Sums of 256 signs fall on a grid: 0.06 is what its coarseness alone makes.
+    assert kstest(weights.flatten().numpy(), "norm").statistic < 0.075
+    # No unit weighs most in many decoys of a layer.
+    strongest = (drawn[0] / drawn[0].norm(dim=0)).abs().argmax(dim=0)
+    assert torch.bincount(strongest).max() <= 4
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 16, 32, 256])
@@ -91,7 +92,7 @@ def test_decoys_are_deterministic_and_do_not_see_the_batch() -> None:
     acts = pilot()
     decoys, again = (fit_decoys(acts, 16, seed=1, layer=0) for _ in range(2))
     assert torch.equal(decoys.gain, again.gain) and torch.equal(decoys.offset, again.offset)
-    assert torch.equal(decoys.signs, draw_signs(24, 16, 1, 0))
+    assert torch.equal(decoys.drawn, draw(24, 16, 1, 0))
     samples = acts[:60].view(6, 10, 24)
     together = decoys(samples)
     alone = torch.cat([decoys(sample[None]) for sample in samples])

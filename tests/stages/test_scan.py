@@ -109,3 +109,13 @@ def test_moments_do_not_depend_on_the_cut() -> None:
     for a, b in ((32, 64), (8, 16), (0, 8), (16, 32)):
         cut.add(a, sums[a:b].clone())
     assert torch.equal(whole.total(), cut.total())
+
+
+def test_a_lease_is_as_long_as_its_state_is_large() -> None:
+    def seconds(n: int, state: int) -> float:
+        return scan.lease_size(n, 8, 128, 1000.0, state) * 128 / 1000
+
+    assert seconds(10**6, 10**6) == pytest.approx(scan.LEASE_SECONDS, rel=0.05)
+    assert seconds(10**6, 10**10) == pytest.approx(10**10 / scan.STATE_PACE, rel=0.05)
+    assert scan.lease_size(4000, 8, 128, 1000.0, 10**12) == 1000
+    assert scan.lease_size(3, 8, 128, 1000.0, 0) == 8
