@@ -105,7 +105,7 @@ def _configure(
 
 def _run(config: RunConfig) -> int:
     from raylabel.engine.pipeline import run_pipeline
-    from raylabel.report import summary, terminal
+    from raylabel.report import terminal
     from raylabel.store.rundir import RunDir
 
     for line in unused_keys(config):
@@ -116,7 +116,7 @@ def _run(config: RunConfig) -> int:
     if directory.complete("results"):
         console = terminal.console()
         console.print(terminal.units_table(*top_units(directory, 10)))
-        console.print(terminal.shares_table(summary.shares(directory)))
+        _print_controls(directory, console)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report.stages.items())
     print(f"{config.run.out}: done in {time.time() - started:.0f} s ({seconds})")
     print(f"look closer: raylabel show {config.run.out}")
@@ -124,6 +124,17 @@ def _run(config: RunConfig) -> int:
         print(f"{report.failures} failures are listed in the table `failures`")
         return 3
     return 0
+
+
+def _print_controls(directory: Any, console: Any) -> None:
+    """Units beside decoys; nulls and planted units, and what other thresholds would do, where the run has any."""
+    from raylabel.report import calibration, summary, terminal
+
+    console.print(terminal.shares_table(summary.shares(directory)))
+    found = calibration.recall(directory)
+    if set(found) - {"decoy"}:
+        console.print(terminal.calibration_table(found))
+        console.print(terminal.sweep_table(calibration.sweep(directory)))
 
 
 def top_units(directory: Any, limit: int, layer: int | None = None, find: str | None = None) -> tuple[Any, Any]:
@@ -218,7 +229,7 @@ def show(
 ) -> int:
     """The units of a run, most convincing first, or everything about one."""
     from raylabel.api import Run
-    from raylabel.report import summary, terminal
+    from raylabel.report import terminal
     from raylabel.store.rundir import RunDir
 
     directory = RunDir(folder)
@@ -239,7 +250,7 @@ def show(
         return 0
     console = terminal.console()
     console.print(terminal.units_table(rows, exemplars))
-    console.print(terminal.shares_table(summary.shares(directory)))
+    _print_controls(directory, console)
     return 0
 
 

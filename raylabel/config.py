@@ -283,9 +283,6 @@ UNUSED = {
     "optimize": "the concept search is not part of this version",
     "describe": "labels are built from the MAT words in this version",
     "score": "label scores are not part of this version",
-    "controls.nulls": "this version's controls are decoys",
-    "controls.planted": "this version's controls are decoys",
-    "controls.lists": "this version's controls are decoys",
 }
 """Keys that are part of the configuration but that nothing reads yet, and why."""
 

@@ -74,6 +74,13 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         ("promoted", _strings), ("reproduced", pa.float32()), ("verified", pa.bool_()),
         # median activation over random exemplars, and what reproduces where the recorded site does not
         ("background", pa.float32()), ("note", pa.string()),
+        # the retentions again, for random words
+        ("retention_random", pa.float32()), ("retention_random_mat", pa.float32()),
+        ("retention_random_context", pa.float32()), ("retention_random_by_offset", _floats),
+        # 1 - retention over both kinds of substitute: at the MAT word, where they do not hold its token, and at the
+        # context offset where it is largest
+        *((f"drop_{where}{end}", pa.float32()) for where in ("mat", "context") for end in ("", "_low", "_high")),
+        ("drop_context_offset", pa.int8()),
     ],
     "results": [
         *_unit, ("label", pa.string()), ("description", pa.string()), ("concept_words", _strings),

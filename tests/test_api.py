@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,44 @@ def test_a_terminal_shows_tokens_as_text() -> None:
         for token in HARMLESS:
             assert token in text
         assert not set(text) & set("\x1b\x07\t\u202e")
+
+
+CAUSAL = {
+    "retention_by_offset": [0.9, 0.91, 0.92, 0.69, 0.94, 0.35], "retention": 0.61, "retention_context": 0.88,
+    "retention_random_by_offset": [0.8, 0.81, None, 0.6, 0.84, 0.23], "retention_random": 0.5, "retention_random_context": 0.78,
+    "retention_random_mat": 0.23, "specificity": 0.12, "specificity_low": 0.05, "specificity_high": 0.2, "drop_mat": 0.77,
+    "drop_mat_low": 0.7, "drop_mat_high": 0.83, "drop_context": 0.31, "drop_context_low": 0.21, "drop_context_high": 0.4,
+    "drop_context_offset": -2, "evidence": "concept", "reproduced": 0.95, "promoted": [],
+}  # fmt: skip
+
+
+def card(verification: dict[str, Any]) -> list[str]:
+    """The words of each line of a unit's card, without the lines of tables."""
+    text = shown(terminal.unit_card(replace(hostile(), verification=verification)))
+    return [" ".join(re.sub("[│┃]", " ", line).split()) for line in text.splitlines()]
+
+
+def test_the_causal_card() -> None:
+    found = card(CAUSAL)
+    at = found.index("what is kept of the activation when a word gives way to")
+    assert "-5 -4 -3 -2 -1 MAT word all context" in found[at:]
+    assert "neighbours 0.90 0.91 0.92 0.69 0.94 0.35 0.61 0.88" in found[at:]
+    assert "random words 0.80 0.81 · 0.60 0.84 0.23 0.50 0.78" in found[at:]
+    verdict = (
+        "MAT word costs 0.77 [0.70, 0.83]; the word 2 back costs 0.31 [0.21, 0.40]; "
+        "neighbours keep 0.12 [0.05, 0.20] more than random words → concept"
+    )
+    assert found[found.index(verdict) + 1] == "reproduced 95%"
+
+
+def test_the_causal_card_of_nulls_and_of_a_run_without_the_newer_columns() -> None:
+    newer = {name for name in CAUSAL if name.startswith(("drop_", "retention_random"))}
+    for verification in (dict.fromkeys(CAUSAL), {k: v for k, v in CAUSAL.items() if k not in newer}):
+        found = card(verification)
+        assert "random words · · · · · · · ·" in found
+        assert any(line.startswith("MAT word costs · [·, ·]; the word · back costs · [·, ·]; neighbours") for line in found)
+    assert "neighbours 0.90 0.91 0.92 0.69 0.94 0.35 0.61 0.88" in found
+    assert "reproduced ·" in card(dict.fromkeys(CAUSAL))
 
 
 def test_colours_are_the_programs_own() -> None:

@@ -214,10 +214,10 @@ def test_no_cluster_at_the_address(command: Command, tree: dict[str, Any], tmp_p
 def test_run_status_show_and_export(command: Command, tree: dict[str, Any], finished: RunDir, tmp_path: Path) -> None:
     tree["describe"] = {"exemplars": 3}
     run = tmp_path / "elsewhere" / "rün"
-    code, out, err = command("run", write(tree, tmp_path), "--out", run, "--set", "controls.nulls=2")
+    code, out, err = command("run", write(tree, tmp_path), "--out", run, "--set", "optimize.evaluations=2")
     assert code == 0
     assert "describe is not used" in err
-    assert "controls.nulls is not used" in err
+    assert "optimize is not used" in err
     assert "units beside decoys" in out
     assert str(run) in out
     assert differing(finished, RunDir(str(run))) == []

@@ -40,7 +40,8 @@ class Share:
 
 def shares(run: RunDir) -> dict[str, tuple[Share, Share]]:
     """Measure -> (the model's units, its decoys)."""
-    units, decoys = run.table("results"), run.controls.table("results")
+    units = run.table("results")
+    decoys = run.controls.table("results", filter=pc.field("control") == "decoy")
     return {name: (_share(units, which), _share(decoys, which)) for name, which in MEASURES.items()}
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raylabel.api import UnitView
+from raylabel.report.calibration import Setting
 from raylabel.report.summary import Share, exceeds
 from raylabel.stages.results import visible
 
@@ -107,18 +108,31 @@ def unit_card(unit: UnitView) -> RenderableType:
 
 
 def _causal(verdict: dict[str, Any]) -> RenderableType:
-    offsets = verdict["retention_by_offset"] or [None] * 6
-    table = Table(title="what is kept of the activation when a word is replaced by a neighbour", title_justify="left")
-    names = [*(f"{o}" for o in range(-5, 0)), "MAT word", "all", "context"]
-    for name in names:
+    """The causal card: what is kept under each kind of substitute, the evidence and the numbers it rests on.
+
+    Columns that the run was written without are shown as nulls.
+    """
+    table = Table(title="what is kept of the activation when a word gives way to", title_justify="left")
+    table.add_column("")
+    for name in [*(f"{o}" for o in range(-5, 0)), "MAT word", "all", "context"]:
         table.add_column(name, justify="right")
-    table.add_row(*(number(v) for v in [*offsets, verdict["retention"], verdict["retention_context"]]))
-    low, high = verdict["specificity_low"], verdict["specificity_high"]
-    line = Text(f"neighbours keep more than random words at the MAT word by {number(verdict['specificity'])} ")
-    line.append(f"[{number(low)}, {number(high)}]   reproduced {number(verdict['reproduced'], '.0%')}")
-    if verdict["promoted"]:
+    for name, kind in (("neighbours", "retention"), ("random words", "retention_random")):
+        kept = verdict.get(f"{kind}_by_offset") or [None] * 6
+        table.add_row(name, *(number(v) for v in [*kept, verdict.get(kind), verdict.get(f"{kind}_context")]))
+    back = verdict.get("drop_context_offset")
+    line = Text(f"MAT word costs {_interval(verdict, 'drop_mat')}; ")
+    line.append(f"the word {number(None if back is None else -back, 'd')} back costs {_interval(verdict, 'drop_context')}; ")
+    line.append(f"neighbours keep {_interval(verdict, 'specificity')} more than random words → ")
+    line.append(verdict.get("evidence") or "·", style="bold")
+    line.append(f"\nreproduced {number(verdict.get('reproduced'), '.0%')}")
+    if verdict.get("promoted"):
         line.append(f"   promoted: {clean(', '.join(verdict['promoted'][:8]))}")
     return Group(table, line)
+
+
+def _interval(verdict: dict[str, Any], name: str) -> str:
+    low, high = (number(verdict.get(f"{name}_{end}")) for end in ("low", "high"))
+    return f"{number(verdict.get(name))} [{low}, {high}]"
 
 
 def _swaps(unit: UnitView) -> RenderableType:
@@ -148,4 +162,27 @@ def shares_table(shares: dict[str, tuple[Share, Share]]) -> Table:
         table.add_column(name)
     for name, (units, decoys) in shares.items():
         table.add_row(name, str(units), str(decoys), "yes" if exceeds(units, decoys) else "no")
+    return table
+
+
+def calibration_table(found: dict[str, tuple[Share, Share]]) -> Table:
+    """Controls by kind and difficulty: how many were flagged and verified."""
+    table = Table(title="controls: recall of planted units, false positives of the others (95 % intervals)", title_justify="left")
+    for name in ("control", "flagged", "verified"):
+        table.add_column(name)
+    for name, (flagged, verified) in found.items():
+        table.add_row(name, str(flagged), str(verified))
+    return table
+
+
+def sweep_table(settings: list[Setting], limit: int = 8) -> Table:
+    """The settings at which meaningless controls pass at 5 % at most, best recall first; all where none reach it."""
+    reaching = [s for s in settings if s.reaches]
+    title = "settings at which at most 5 % of nulls and of decoys are verified" if reaching else "no setting reaches 5 %"
+    table = Table(title=title, title_justify="left")
+    for name in ("q ≤", "decoy rate ≤", "normalised ≥", "recall of planted", "nulls", "decoys"):
+        table.add_column(name)
+    for s in (reaching or settings)[:limit]:
+        shares = ("·" if share is None else str(share) for share in (s.recall, s.nulls, s.decoys))
+        table.add_row(f"{s.q:g}", f"{s.decoy_rate:g}", f"{s.normalised:g}", *shares)
     return table

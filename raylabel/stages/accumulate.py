@@ -16,7 +16,7 @@ from raylabel.stages.kept import hash_keys, lots
 from raylabel.stages.memory import layer_bytes, layer_groups, out_of_memory
 from raylabel.stages.positions import sinks, usable
 from raylabel.stages.samples import Samples, load_samples
-from raylabel.stages.scanner import LayerState, Scanner, sizes
+from raylabel.stages.scanner import Given, LayerState, Scanner, sizes
 from raylabel.stages.state import Batch
 from raylabel.store.plan import Unit
 from raylabel.store.shards import Blob, Output
@@ -61,7 +61,12 @@ class AccumulateWorker(Scanner):
                         data = array_bytes({**state.units.arrays(rows), **extra})
                         yield Blob(part_name(key), data, True)
                 if state.decoys is not None:
-                    yield Blob(decoys_name(layer), array_bytes({**state.decoys.arrays(), **extra}), True)
+                    yield Blob(control_name(layer, "decoy"), array_bytes({**state.decoys.arrays(), **extra}), True)
+                if state.texts is not None:
+                    extra["tokens"] = state.tokens_of_texts.numpy()
+                    for control, places in self.text_controls:
+                        data = array_bytes({**state.texts.arrays(torch.from_numpy(places)), **extra})
+                        yield Blob(control_name(layer, control), data, True)
 
     def _accumulate(
         self, samples: Samples, first: int, layers: list[int], random: np.ndarray, notes: dict[str, Any]
@@ -107,10 +112,11 @@ def accumulate(
         split = np.where(samples.explain[index], 0, 1)
         here = Batch(at, numbers, orders[index], split, chosen, lengths.cpu().numpy())
         usual = usable(ids, lengths, scanner.special)
+        given = scanner.given(ids, lengths, usual)
 
-        def visit(layer: int, acts: Tensor, resid: Tensor, here: Batch = here, usual: Tensor = usual) -> None:
-            mask = usual.to(resid.device) & ~sinks(resid, scanner.setups[layer].sink)
-            states[layer].add(scanner.subject, acts, mask, here)
+        def visit(layer: int, acts: Tensor, resid: Tensor, here: Batch = here, given: Given = given) -> None:
+            mask = given.mask.to(resid.device) & ~sinks(resid, scanner.setups[layer].sink)
+            states[layer].add(scanner.subject, acts, mask, here, given)
 
         scanner.subject.run(ids, layers, visit)
     return states
@@ -130,6 +136,6 @@ def part_name(key: dict[str, Any]) -> str:
     return f"layer={key['layer']}.{key['first']}.npz"
 
 
-def decoys_name(layer: int) -> str:
-    """File of the state of a layer's decoys."""
-    return f"layer={layer}.decoys.npz"
+def control_name(layer: int, control: str) -> str:
+    """File of the state of a layer's controls of one kind."""
+    return f"layer={layer}.{control}.npz"

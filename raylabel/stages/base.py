@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from raylabel.config import RunConfig
+from raylabel.config import ControlsConfig, RunConfig
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Output
@@ -122,13 +122,22 @@ def halve_neurons(key: Key) -> list[Key]:
 
 
 def blame_neurons(key: Key) -> list[dict[str, Any]]:
-    """Failure rows that name the neurons of a key, decoys as such."""
-    kind = {"control": "decoy"} if key.get("controls") else {}
-    return [{"layer": key["layer"], "neuron": n, **kind} for n in range(key["first"], key["last"])]
+    """Failure rows that name the neurons of a key, controls as such."""
+    numbers = range(key["first"], key["last"])
+    if not key.get("controls"):
+        return [{"layer": key["layer"], "neuron": n} for n in numbers]
+    kinds = key["controls"].items()
+    return [{"layer": key["layer"], "neuron": n, "control": kind} for kind, count in kinds for n in numbers if n < count]
 
 
-def with_decoys(units: dict[int, list[int]], decoys: int, size: int) -> list[Key]:
-    """Keys as of `neuron_ranges` with `controls` false, then those of each layer's decoys with `controls` true."""
-    keys = [{**key, "controls": False} for key in neuron_ranges(units, size)]
-    ranges = neuron_ranges({layer: list(range(decoys)) for layer in units}, size) if decoys else []
-    return keys + [{**key, "controls": True} for key in ranges]
+def with_controls(units: dict[int, list[int]], wanted: ControlsConfig, size: int) -> list[Key]:
+    """Keys as of `neuron_ranges` with `controls` empty, then those of each layer's controls.
+
+    A key of controls holds in `controls` how many there are of each kind; it covers those with its numbers, of all kinds.
+    """
+    keys = [{**key, "controls": {}} for key in neuron_ranges(units, size)]
+    kinds = {kind: n for kind, n in (("decoy", wanted.decoys), ("null", wanted.nulls), ("planted", wanted.planted)) if n}
+    if not kinds:
+        return keys
+    ranges = neuron_ranges({layer: list(range(max(kinds.values()))) for layer in units}, size)
+    return keys + [{**key, "controls": kinds} for key in ranges]

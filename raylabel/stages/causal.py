@@ -14,12 +14,11 @@ the phrases in random exemplars):
 kind of word replaces it, and no word before it does; else `context` where a word before it does; else `none`.
 
 A variant that was not measured, or whose exemplar is not reproduced, is in no sum and no count: it is not a zero.
-Intervals are percentiles of a bootstrap over documents, since exemplars of one document are not independent.
+Intervals come from a bootstrap over documents (`intervals`), since exemplars of one document are not independent.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylabel.config import VerifyConfig
+from raylabel.stages.intervals import NOWHERE, Interval, bootstrap, draw_seed
 from raylabel.stages.measure import COARSE, EXACT, LEAST_REPRODUCED, reproduced, unit_of
 from raylabel.stages.verify import KINDS, MOST_WORDS_BACK, NEIGHBOUR, Unit, unit_numbers
 from raylabel.tables import conform, from_rows, schema
@@ -35,24 +35,16 @@ from raylabel.tables import conform, from_rows, schema
 STANDS_OUT = 0.05
 """An exemplar counts if a_o − b is this share of max − b, and a unit if max − b is this share of max: below, retention
 divides by next to nothing."""
-LEAST_EXEMPLARS, LEAST_DOCUMENTS = 5, 3
-"""Fewer give no retention, and no interval: with three documents a bootstrap has ten different draws."""
+LEAST_EXEMPLARS = 5
+"""Fewer give no retention."""
 MATTERS = 0.25
 """A word matters if replacing it costs a quarter of what the exemplar has above the background: between what the words
 before it cost the median unit of a small trained model (0.13 on the mean over offsets) and what the MAT word does (0.77)."""
 SPECIFIC = 0.05
 """Neighbours must retain this much more than random words: a unit with one MAT word has the same few neighbours in every
 exemplar, and what they share by accident looks certain to a bootstrap over documents."""
-RESAMPLES = 1000
-LOW, HIGH = 2.5, 97.5
 MOST_PROMOTED = 10
 PERCENTILE = 99
-
-
-class Interval(NamedTuple):
-    value: float
-    low: float
-    high: float
 
 
 def summarise(
@@ -103,7 +95,7 @@ def summarise(
     variants = _Variants(
         unit=unit[kept],
         exemplar=exemplar[kept],
-        document=rows["document"].to_numpy()[kept],
+        document=_number(unit[kept], rows["document"].to_numpy()[kept]),
         neighbour=kind == KINDS.index(NEIGHBOUR),
         offset=pc.fill_null(rows["offset"], 0).to_numpy()[kept].astype(np.int64),
         keeps=rows["keeps_token"].to_numpy(zero_copy_only=False)[kept].astype(bool),
@@ -139,8 +131,14 @@ def summarise(
     return variants_table, from_rows(lines, "verifications", True)
 
 
+def _number(unit: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """Numbers of the pairs (unit, document), in the order of the units."""
+    documents, code = np.unique(document, return_inverse=True)
+    return np.asarray(unit * len(documents) + code)
+
+
 class _Variants(NamedTuple):
-    """One entry a variant: its unit, exemplar and document, what it is, a_v − b and a_o − b."""
+    """One entry a variant: its unit, exemplar and document (both numbers of one unit alone), what it is, a_v − b and a_o − b."""
 
     unit: np.ndarray
     exemplar: np.ndarray
@@ -156,15 +154,14 @@ class _Sums:
     """Σ(a_v − b) and Σ(a_o − b) over some variants, by document and by unit; a unit's ratio is its retention."""
 
     def __init__(self, variants: _Variants, chosen: np.ndarray, n: int) -> None:
-        unit, document = variants.unit[chosen], variants.document[chosen]
-        pairs, at = np.unique(np.stack([unit, document]), axis=1, return_inverse=True)
-        at = at.reshape(-1)
-        self.begin = np.searchsorted(pairs[0], np.arange(n + 1))
-        self.gain = np.bincount(at, variants.gain[chosen], minlength=pairs.shape[1])
-        self.base = np.bincount(at, variants.base[chosen], minlength=pairs.shape[1])
-        exemplars = np.unique(np.stack([unit, variants.exemplar[chosen]]), axis=1)[0]
-        self.exemplars = np.bincount(exemplars, minlength=n)
-        gain, base = (np.bincount(pairs[0], x, minlength=n) for x in (self.gain, self.base))
+        unit = variants.unit[chosen]
+        _, first, at = np.unique(variants.document[chosen], return_index=True, return_inverse=True)
+        self.begin = np.searchsorted(unit[first], np.arange(n + 1))
+        self.gain = np.bincount(at, variants.gain[chosen], minlength=len(first))
+        self.base = np.bincount(at, variants.base[chosen], minlength=len(first))
+        exemplar = np.unique(variants.exemplar[chosen], return_index=True)[1]
+        self.exemplars = np.bincount(unit[exemplar], minlength=n)
+        gain, base = (np.bincount(unit[first], x, minlength=n) for x in (self.gain, self.base))
         with np.errstate(invalid="ignore", divide="ignore"):
             self.any = gain / base
         self.retention = np.where(self.exemplars >= LEAST_EXEMPLARS, self.any, np.nan)
@@ -189,37 +186,52 @@ class _Numbers:
 
         self.all, self.mat, self.context = sums(counted & near), sums(counted & near & mat), sums(counted & near & ~mat)
         self.by_offset = [sums(counted & near & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 1)]
-        self.fresh = [sums(fresh & near), sums(fresh & ~near)]
+        self.random, self.random_mat = sums(counted & ~near), sums(counted & ~near & mat)
+        self.random_context = sums(counted & ~near & ~mat)
+        self.random_by_offset = [sums(counted & ~near & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 1)]
+        self.fresh, self.fresh_both = [sums(fresh & near), sums(fresh & ~near)], sums(fresh)
         self.paired = [sums(paired & near), sums(paired & ~near)]
         self.at_context = [sums(counted & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 0)]
 
 
 def _verdict(numbers: _Numbers, unit: int, seed: int) -> dict[str, Any]:
-    """The retentions, the specificity and the evidence of a unit."""
+    """The retentions of a unit, its evidence, and the numbers with intervals that the evidence rests on."""
     specificity = _specificity(numbers.paired[0], numbers.paired[1], unit, seed)
-    drops = [1 - sums.retention[unit] for sums in numbers.at_context]
+    mat = _drop(numbers.fresh_both, unit, seed)
+    drops = np.array([1 - sums.retention[unit] for sums in numbers.at_context])
+    costliest = int(np.nanargmax(drops)) if np.isfinite(drops).any() else None
+    before = NOWHERE if costliest is None else _drop(numbers.at_context[costliest], unit, seed)
     # A kind of substitute that never frees itself of the token is silent; one kind at least must speak.
     costs = [1 - sums.retention[unit] for sums in numbers.fresh]
     costs = [cost for cost in costs if np.isfinite(cost)]
     matters = bool(costs) and min(costs) >= MATTERS
-    context = [o for o, drop in enumerate(drops) if drop >= MATTERS]
+    context = any(_drop(numbers.at_context[o], unit, seed).low > 0 for o, drop in enumerate(drops) if drop >= MATTERS)
     evidence = "none"
     if specificity.low > 0 and specificity.value >= SPECIFIC:
         evidence = "concept"
     elif matters and not context:
         evidence = "token"
-    elif any(_drop(numbers.at_context[o], unit, seed).low > 0 for o in context):
+    elif context:
         evidence = "context"
     return {
         "retention": _null(numbers.all.retention[unit]),
         "retention_mat": _null(numbers.mat.retention[unit]),
         "retention_context": _null(numbers.context.retention[unit]),
         "retention_by_offset": [_null(sums.any[unit]) for sums in numbers.by_offset],
-        "specificity": _null(specificity.value),
-        "specificity_low": _null(specificity.low),
-        "specificity_high": _null(specificity.high),
+        "retention_random": _null(numbers.random.retention[unit]),
+        "retention_random_mat": _null(numbers.random_mat.retention[unit]),
+        "retention_random_context": _null(numbers.random_context.retention[unit]),
+        "retention_random_by_offset": [_null(sums.any[unit]) for sums in numbers.random_by_offset],
+        **_columns("specificity", specificity),
+        **_columns("drop_mat", mat),
+        **_columns("drop_context", before),
+        "drop_context_offset": None if costliest is None else costliest - MOST_WORDS_BACK,
         "evidence": evidence,
     }
+
+
+def _columns(name: str, interval: Interval) -> dict[str, float | None]:
+    return {name: _null(interval.value), f"{name}_low": _null(interval.low), f"{name}_high": _null(interval.high)}
 
 
 def _specificity(near: _Sums, random: _Sums, unit: int, seed: int) -> Interval:
@@ -232,32 +244,6 @@ def _drop(sums: _Sums, unit: int, seed: int) -> Interval:
     at = sums.documents(unit)
     ones = np.ones(at.stop - at.start)
     return bootstrap(1 - float(sums.retention[unit]), (ones, ones), (sums.gain[at], sums.base[at]), seed)
-
-
-def bootstrap(
-    value: float, more: tuple[np.ndarray, np.ndarray], less: tuple[np.ndarray, np.ndarray], seed: int
-) -> Interval:
-    """`value` with the 95 % interval of Σ/Σ of `more` − Σ/Σ of `less`, documents drawn with replacement.
-
-    Args:
-        value: the difference over all documents; NaN gives an empty interval.
-        more, less: numerators and positive denominators by document, the same documents in both.
-    """
-    documents = len(more[0])
-    if not np.isfinite(value) or documents < LEAST_DOCUMENTS:
-        return Interval(np.nan, np.nan, np.nan)
-    draws = np.random.default_rng(seed).integers(documents, size=(RESAMPLES, documents))
-    draws += documents * np.arange(RESAMPLES)[:, None]
-    weights = np.bincount(draws.ravel(), minlength=RESAMPLES * documents).reshape(RESAMPLES, documents)
-    sums = weights @ np.stack([*more, *less], axis=1)
-    low, high = np.percentile(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], (LOW, HIGH))
-    return Interval(value, float(low), float(high))
-
-
-def draw_seed(seed: int, layer: int, unit: Unit) -> int:
-    """The seed of a unit's bootstrap: the same whatever work unit it is in."""
-    digest = hashlib.sha256(f"{seed}/{layer}/{unit[1]}/{unit[2]}/{unit[0] or ''}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
 
 
 def close(

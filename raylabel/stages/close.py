@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from raylabel.stages import kept
-from raylabel.stages.accumulate import decoys_name, part_name, random_samples
+from raylabel.stages.accumulate import control_name, part_name, random_samples
 from raylabel.stages.arrays import lists, read_arrays
 from raylabel.stages.moments import Moments
 from raylabel.stages.samples import Samples, load_samples
@@ -46,20 +47,27 @@ class CloseWorker(Scanner):
         neurons = np.array(self.units[layer])[places[: len(places) // self.regimes]]
         writes = self.subject.output_directions(layer).float().cpu()
         shift = setup.shift[torch.from_numpy(places)]
-        output = self._rows(unit, part_name(key), neurons, self.signs, self.regimes, shift.numpy(), writes[neurons], False)
+        output = self._rows(unit, part_name(key), neurons, self.signs, self.regimes, shift.numpy(), writes[neurons])
+        found: list[Output] = []
         if key["controls"] and setup.decoys is not None:
             # A decoy's effect is as if it wrote along what it reads.
             directions = setup.decoys.directions.T @ self.subject.site_directions(layer).float().cpu()
             numbers, moved = np.arange(self.decoys), setup.decoy_shift.numpy()
-            controls = self._rows(unit, decoys_name(layer), numbers, (1,), 1, moved, directions, True)
-            output.shards = [*output.shards, *controls.shards]
-            output.failures += controls.failures
+            found = [self._rows(unit, control_name(layer, "decoy"), numbers, (1,), 1, moved, directions, "decoy")]
+        for control, places in self.text_controls if key["controls"] else []:
+            numbers, moved = np.arange(len(places)), np.zeros(len(places), np.float32)
+            found.append(self._rows(unit, control_name(layer, control), numbers, (1,), 1, moved, None, control))
+        if found:
+            shards = zip(*(part.shards for part in found), strict=True)
+            output.shards = [*output.shards, *(joined(same) for same in shards)]
+            output.failures += [failure for part in found for failure in part.failures]
         return output
 
     def _rows(
         self, unit: Unit, name: str, neurons: np.ndarray, signs: tuple[int, ...], regimes: int, shift: np.ndarray,
-        directions: torch.Tensor, decoy: bool,
+        directions: torch.Tensor | None, kind: str | None = None,
     ) -> Output:  # fmt: skip
+        """Rows of the model's own units, or of controls of a kind; without `directions` they have no effect on the output."""
         layer = unit.key["layer"]
         merged = merge(read_arrays(data) for _, data in self.run.temporaries(unit, "accumulate", name))
         columns: dict[str, np.ndarray] = {
@@ -67,23 +75,23 @@ class CloseWorker(Scanner):
             "polarity": np.repeat([s * (1 + r) for s in signs for r in range(regimes)], len(neurons)).astype(np.int8),
             "row": np.tile(np.arange(regimes * len(neurons)), len(signs)),
         }
-        effects = self.effects(directions.repeat(regimes, 1))
-        control = {"control": "decoy"} if decoy else {}
+        effects = None if directions is None else self.effects(directions.repeat(regimes, 1))
+        control = {"control": kind} if kind else {}
         site = self.facts["sites"][layer]
         rows = statistics(merged, columns, shift, site, effects, self.names)
         # By unit, not by polarity: a reader of a range of neurons finds its rows together.
         rows = sorted(({**row, **control} for row in rows), key=lambda r: (r["neuron"], -r["polarity"]))
-        table = from_rows(rows, "statistics", controls=decoy)
+        table = from_rows(rows, "statistics", controls=bool(kind))
         exemplars = self._exemplars(merged, columns)
         n = exemplars.num_rows
         for column, value in {"site": site, "source": "corpus", **control}.items():
             exemplars = exemplars.append_column(column, pa.array([value] * n, pa.string()))
-        exemplars = exemplars.select(schema("exemplars", decoy).names)
+        exemplars = exemplars.select(schema("exemplars", bool(kind)).names)
         why = f"NaN or infinite activations at {site}"
         bad = np.unique(neurons[np.flatnonzero(merged.bad) % len(neurons)]).tolist()
         failures = [{"layer": layer, "neuron": neuron, "reason": why, **control} for neuron in bad]
-        shards = [Shard("statistics", table, layer, controls=decoy), Shard("exemplars", exemplars, layer, controls=decoy)]
-        return Output(shards, failures=failures)
+        tables = (("statistics", table), ("exemplars", exemplars))
+        return Output([Shard(name, rows, layer, controls=bool(kind)) for name, rows in tables], failures=failures)
 
     def effects(self, directions: torch.Tensor) -> dict[str, np.ndarray]:
         """Direct effect on the output of writing along directions [rows, d_model]."""
@@ -139,6 +147,14 @@ class CloseWorker(Scanner):
             "activations": lists(rows["window"][np.arange(rows["window"].shape[1]) < length[:, None]], length, pa.float32()),
             "document": samples.documents[inverse],
         })  # fmt: skip
+
+
+def joined(shards: Iterable[Shard]) -> Shard:
+    """The rows of several shards of controls as one, by neuron and then by kind."""
+    first, *_ = given = list(shards)
+    table = pa.concat_tables([shard.rows for shard in given])
+    order = pc.sort_indices(table.select(["neuron"]), [("neuron", "ascending")])
+    return replace(first, rows=table.take(order))
 
 
 def merge(parts: Iterable[dict[str, np.ndarray]]) -> Merged:

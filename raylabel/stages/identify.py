@@ -88,19 +88,19 @@ def measure(
     return conform(pa.table(columns), "candidates", controls="control" in keys)
 
 
-def close(units: pa.Table, decoys: pa.Table, config: IdentifyConfig) -> tuple[pa.Table, pa.Table]:
-    """Both tables (`candidates` and a column `layer`) with q_value, kind, flagged and, for units, decoy_rate filled.
+def close(units: pa.Table, controls: pa.Table, config: IdentifyConfig) -> tuple[pa.Table, pa.Table]:
+    """Both tables (`candidates` and a column `layer`) with q_value, kind, flagged and decoy_rate filled.
 
-    q: Benjamini-Hochberg (1995) over the units with a p-value; a decoy's q is the one that a unit with its p would
+    q: Benjamini-Hochberg (1995) over the units with a p-value; a control's q is the one that a unit with its p would
     have. kind: `meaning` at 4 families or more with q <= fdr (whatever q where fdr is null); else `word` where three
     families hold 3/4 of the exemplars; null for `too_few`. decoy_rate: share of the layer's decoys (of the same
     polarity, if there are any) that do at least as well: for kind `word` those of that kind with top_families as high,
-    else those with p as low; null without decoys.
+    else those with p as low; null without decoys, and for decoys themselves.
     """
     p = _floats(units, "p_value")
     tested = np.sort(p[~np.isnan(p)])
     closed = []
-    for table in (units, decoys):
+    for table in (units, controls):
         q = q_values(_floats(table, "p_value"), tested)
         kind = _kinds(table, q, config)
         filled = {
@@ -109,8 +109,12 @@ def close(units: pa.Table, decoys: pa.Table, config: IdentifyConfig) -> tuple[pa
             "flagged": pa.array(_flagged(table, kind, config), pa.bool_()),
         }
         closed.append(_set(table, filled))
-    rate = _decoy_rates(*closed)
-    return _set(closed[0], {"decoy_rate": _nullable(rate)}), closed[1]
+    decoy = pc.equal(closed[1]["control"], "decoy")
+    decoys = closed[1].filter(decoy)
+    rates = [_decoy_rates(table, decoys) for table in closed]
+    rates[1][decoy.to_numpy().astype(bool)] = np.nan
+    own, theirs = (_set(table, {"decoy_rate": _nullable(rate)}) for table, rate in zip(closed, rates, strict=True))
+    return own, theirs
 
 
 def q_values(p: np.ndarray, tested: np.ndarray) -> np.ndarray:

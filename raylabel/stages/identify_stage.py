@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from raylabel.config import RunConfig
 from raylabel.stages import identify
 from raylabel.stages.arrays import lists, read_table, table_bytes
-from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_decoys
+from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_controls
 from raylabel.stages.samples import load_samples
 from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit
@@ -109,7 +109,7 @@ class MeasureLink:
             exemplars, self.background, self.config.identify.window, self.special, self.config.run.seed
         )
         numbers = run.table("statistics", key["layer"], (key["first"], key["last"]))
-        whole = _with_silent(found, numbers, key["controls"])
+        whole = _with_silent(found, numbers, bool(key["controls"]))
         whole = whole.append_column("layer", pa.array([key["layer"]] * whole.num_rows, pa.int32()))
         return Output(blobs=[Blob("controls.arrow" if key["controls"] else "units.arrow", table_bytes(whole), True)])
 
@@ -137,15 +137,19 @@ class MeasureLink:
 
 def _with_silent(found: pa.Table, statistics: pa.Table, controls: bool) -> pa.Table:
     """The rows, and one with status `too_few` for every unit that has no exemplar, sorted by unit."""
-    have = set(zip(found.column("neuron").to_pylist(), found.column("polarity").to_pylist(), strict=True))
-    rows = [
-        {"neuron": n, "polarity": p, "n_exemplars": 0, "n_families": 0, "status": "too_few", "mats": [], "phrases": [],
-         "mat_words": [], "families": [], **({"control": "decoy"} if controls else {})}
-        for n, p in zip(statistics.column("neuron").to_pylist(), statistics.column("polarity").to_pylist(), strict=True)
-        if (n, p) not in have
-    ]  # fmt: skip
+    names = ["neuron", "polarity", *(["control"] if controls else [])]
+    have = {tuple(row.values()) for row in found.select(names).to_pylist()}
+    silent = [row for row in statistics.select(names).to_pylist() if tuple(row.values()) not in have]
+    empty: dict[str, Any] = {"n_exemplars": 0, "n_families": 0, "status": "too_few"}
+    empty |= {name: [] for name in ("mats", "phrases", "mat_words", "families")}
+    rows = [{**row, **empty} for row in silent]
     whole = pa.concat_tables([conform(found, "candidates", controls), from_rows(rows, "candidates", controls)])
-    return whole.sort_by([("neuron", "ascending"), ("polarity", "descending")])
+    return whole.sort_by(by_unit(controls))
+
+
+def by_unit(controls: bool) -> list[tuple[str, str]]:
+    """The order of rows a unit: all of a range of neurons together."""
+    return [("neuron", "ascending"), *([("control", "ascending")] if controls else []), ("polarity", "descending")]
 
 
 class MeasureWorker(Chain):
@@ -173,7 +177,7 @@ class CloseWorker:
             layers = table.column("layer").to_numpy()
             for layer in np.unique(layers).tolist():
                 rows = table.filter(pa.array(layers == layer)).drop_columns("layer")
-                rows = rows.sort_by([("neuron", "ascending"), ("polarity", "descending")])
+                rows = rows.sort_by(by_unit(controls))
                 shards.append(Shard("candidates", rows, layer, controls))
         return Output(shards)
 
@@ -182,7 +186,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     if config.identify.vectors != "train":
         Vectors(config.identify.vectors)
     units = wanted_units(config, run.resolved)
-    keys = with_decoys(units, config.controls.decoys, NEURONS)
+    keys = with_controls(units, config.controls, NEURONS)
     return [
         Step("background", [{"vectors": _stamp(run, config.identify.vectors)}], BackgroundWorker),
         Step("measure", keys, MeasureWorker, divide=halve_neurons, blame=blame_neurons),
@@ -191,6 +195,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 IDENTIFY = Stage(
-    name="identify", version=1, needs=("scan", "tokenize", "tokenize.vectors"), tables=("candidates",), steps=_steps,
+    name="identify", version=2, needs=("scan", "tokenize", "tokenize.vectors"), tables=("candidates",), steps=_steps,
     reads=("identify", "run.seed", "run.format"),
 )  # fmt: skip

@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 def layer_bytes(config: RunConfig, columns: int, signs: int, random: int, batch: int, samples: int) -> int:
     """Bytes of the states of a layer with so many unit columns over a lease of `samples`, `random` of them kept for all."""
     kept = sizes(config, random)
-    return state_bytes(columns, signs, kept, batch, samples) + state_bytes(config.controls.decoys, 1, kept, batch, samples)
+    wanted = config.controls
+    controls = (wanted.decoys, wanted.nulls + wanted.planted)
+    return state_bytes(columns, signs, kept, batch, samples) + sum(state_bytes(n, 1, kept, batch, samples) for n in controls)
 
 
 def scan_bytes(

@@ -13,6 +13,7 @@ import torch
 
 from raylabel.config import RunConfig
 from raylabel.models.controls import Decoys, draw, fit_decoys
+from raylabel.stages.planting import distributions, strong_units
 from raylabel.stages.positions import sinks
 from raylabel.stages.samples import Samples
 
@@ -25,7 +26,7 @@ def pilot_samples(n: int) -> np.ndarray:
 
 
 def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConfig) -> dict[str, np.ndarray]:
-    """Arrays `sink.L`, `mean.L` [columns] and, with decoys, `centre.L`, `gain.L`, `offset.L` of every layer L."""
+    """Arrays `sink.L`, `mean.L` [columns], with decoys `centre.L`, `gain.L`, `offset.L`, with text controls `quantiles.L`."""
     ids, lengths = samples.padded(np.arange(len(samples.numbers)), subject.pad_id)
     tokens = torch.from_numpy(ids).to(subject.device)
     inside = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
@@ -40,8 +41,11 @@ def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConf
         sink = config.exemplars.sink_factor * float(known.median()) if len(known) else float("inf")
         chosen = acts[usual.to(acts.device) & ~sinks(resid, sink)]
         total: Any = 0.0
+        highest: Any = torch.zeros(())
         for part in torch.split(chosen, PILOT_POSITIONS):
-            total = total + finite(subject.read(layer, part)).double().sum(0)
+            values = finite(subject.read(layer, part))
+            total = total + values.double().sum(0)
+            highest = torch.maximum(highest.to(values.device), values.amax(0))
         found[f"sink.{layer}"] = np.array(sink, dtype=np.float32)
         found[f"mean.{layer}"] = (total / max(len(chosen), 1)).float().cpu().numpy()
         if config.controls.decoys:
@@ -49,6 +53,12 @@ def run_pilot(subject: Any, samples: Samples, layers: list[int], config: RunConf
             decoys = fit_decoys(few, config.controls.decoys, config.run.seed, layer)
             for name in ("centre", "gain", "offset"):
                 found[f"{name}.{layer}"] = getattr(decoys, name).cpu().numpy()
+        texts = config.controls.nulls + config.controls.planted
+        if texts:
+            drawn = strong_units(highest.expand(subject.columns).cpu().numpy(), texts, config.run.seed, layer)
+            wanted, at = np.unique(drawn, return_inverse=True)
+            some = finite(subject.read(layer, chosen, torch.from_numpy(wanted).to(chosen.device)))
+            found[f"quantiles.{layer}"] = distributions(some.cpu().numpy()[:, at])
 
     subject.run(tokens, layers, visit)
     return found

@@ -5,6 +5,7 @@ Until a labeller has run, the label is made of the MAT words and `label_source` 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -15,6 +16,8 @@ from scipy.stats import binomtest
 from raylabel.config import RunConfig
 from raylabel.stages.base import Stage, Step, blame_neurons
 from raylabel.stages.failures import failure_rows
+from raylabel.stages.planting import from_json
+from raylabel.stages.textual import PLANTED
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
@@ -104,45 +107,64 @@ class ResultsWorker:
         neurons = wanted_units(self.config, self.facts)[layer]
         site = self.facts["sites"][layer]
         failures = [f for f in failure_rows(self.run) if f.get("layer") == layer]
-        mine, theirs = (
-            {(f["neuron"], f.get("polarity")): f["reason"] for f in failures if f.get("control") == control}
-            for control in (None, "decoy")
-        )
-        rows = join(neurons, polarities(self.config, self.facts), *self._tables(self.run, layer), mine, site)
+        wanted = self.config.controls
+        kinds = {"decoy": wanted.decoys, "null": wanted.nulls, "planted": wanted.planted}
+        failed = {
+            kind: {(f["neuron"], f.get("polarity")): f["reason"] for f in failures if f.get("control") == kind}
+            for kind in (None, *kinds)
+        }
+        signs = polarities(self.config, self.facts)
+        rows = join(neurons, signs, *self._tables(self.run, layer, None), failed[None], site)
         shards = [Shard("results", from_rows(rows, "results"), layer)]
-        decoys = list(range(self.config.controls.decoys))
-        if decoys:
-            rows = join(decoys, (1,), *self._tables(self.run.controls, layer), theirs, site)
-            rows = [{**row, "control": "decoy"} for row in rows]
+        rows = []
+        for kind, n in kinds.items():
+            found = join(list(range(n)), (1,), *self._tables(self.run.controls, layer, kind), failed[kind], site) if n else []
+            rows += [{**row, "control": kind} for row in found]
+        if rows:
+            rows.sort(key=lambda row: row["neuron"])
             shards.append(Shard("results", from_rows(rows, "results", controls=True), layer, controls=True))
         return Output(shards)
 
-    def _tables(self, run: RunDir, layer: int) -> tuple[list[Row], list[Row], list[Row]]:
-        statistics = run.table("statistics", layer, columns=["neuron", "polarity", "max"])
-        return (
-            run.table("candidates", layer).to_pylist(), run.table("verifications", layer).to_pylist(),
-            statistics.to_pylist(),
-        )  # fmt: skip
+    def _tables(self, run: RunDir, layer: int, kind: str | None) -> tuple[list[Row], list[Row], list[Row]]:
+        """Rows of a layer's tables, of one kind of control or of the model's own units."""
+        condition = None if kind is None else pc.field("control") == kind
+        names = ["neuron", "polarity", "max"]
+        candidates, verifications = (run.table(name, layer, filter=condition) for name in ("candidates", "verifications"))
+        statistics = run.table("statistics", layer, filter=condition, columns=names)
+        return candidates.to_pylist(), verifications.to_pylist(), statistics.to_pylist()
 
 
 class CalibrationWorker:
-    """`calibration`: the controls' rates of being flagged, verified and labelled, a layer each."""
+    """`calibration`: the controls' rates of being flagged, verified and labelled, a layer and a difficulty each."""
 
     def __init__(self, url: str) -> None:
         self.run = RunDir(url)
 
     def __call__(self, unit: Unit) -> Output:
-        return Output([Shard("calibration", calibration(self.run.controls.table("results")))])
+        return Output([Shard("calibration", calibration(self.run.controls.table("results"), difficulties(self.run)))])
 
 
-def calibration(results: pa.Table) -> pa.Table:
-    """Rows of `calibration` from the controls' `results`."""
+def difficulties(run: RunDir) -> dict[tuple[int, int], str]:
+    """(layer, neuron) of each planted unit -> what makes it hard."""
+    if not run.config["controls"]["planted"]:
+        return {}
+    plants = from_json(json.loads(run.files.read("planted.json")))
+    return {(layer, p.neuron): p.difficulty for layer, found in plants.items() for p in found if p.control == PLANTED}
+
+
+def calibration(results: pa.Table, difficulty: dict[tuple[int, int], str]) -> pa.Table:
+    """Rows of `calibration` from the controls' `results`; `difficulty` of planted units by (layer, neuron)."""
+    keys = zip(*(results.column(name).to_pylist() for name in ("layer", "neuron", "control")), strict=True)
+    hard = [difficulty.get((layer, neuron)) if control == PLANTED else None for layer, neuron, control in keys]
+    results = results.append_column("difficulty", pa.array(hard, pa.string()))
     rows = []
     for layer in sorted(set(results.column("layer").to_pylist())):
         here = results.filter(pc.field("layer") == layer)
-        for control in sorted(set(here.column("control").to_pylist())):
-            units = here.filter(pc.field("control") == control)
-            row: Row = {"control": control, "layer": layer, "n": units.num_rows}
+        pairs = set(zip(here.column("control").to_pylist(), here.column("difficulty").to_pylist(), strict=True))
+        for control, kind in sorted(pairs, key=lambda pair: (pair[0], pair[1] or "")):
+            same = pc.is_null(pc.field("difficulty")) if kind is None else pc.field("difficulty") == kind
+            units = here.filter((pc.field("control") == control) & same)
+            row: Row = {"control": control, "difficulty": kind, "layer": layer, "n": units.num_rows}
             hits = {
                 "flagged": pc.sum(units.column("flagged")).as_py() or 0,
                 "verified": pc.sum(units.column("verified")).as_py() or 0,
@@ -165,6 +187,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 RESULTS = Stage(
-    name="results", version=1, needs=("scan", "identify", "verify"), tables=("results", "calibration"), steps=_steps,
+    name="results", version=2, needs=("scan", "identify", "verify"), tables=("results", "calibration"), steps=_steps,
     facts=("units",), reads=("subject.polarity", "run.format"),
 )  # fmt: skip

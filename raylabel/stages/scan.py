@@ -8,7 +8,11 @@ each layer, windows around the peaks included; `close` merges the states of a ra
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+
+import pyarrow.compute as pc
 
 from raylabel.config import RunConfig
 from raylabel.stages.accumulate import AccumulateWorker
@@ -17,13 +21,17 @@ from raylabel.stages.base import Key, Stage, Step, neuron_ranges
 from raylabel.stages.close import CloseWorker
 from raylabel.stages.memory import scan_bytes
 from raylabel.stages.pilot import pilot_samples, run_pilot
+from raylabel.stages.planting import count_words, nulls, plant, to_json
 from raylabel.stages.samples import load_samples
 from raylabel.stages.scanner import CLOSE_NEURONS, Scanner
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.plan import Unit, digest
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output
+from raylabel.words.lists import load_lists
 
+COUNTED = 50_000
+"""Samples whose words are counted to choose what planted units fire on."""
 CPU_BATCH, GPU_BATCH = 32, 128
 CPU_BYTES = 1 << 24
 """Bytes of a layer's activations in a batch on a CPU, at most: larger ones leave the caches, and from 32 MB on the C library
@@ -41,9 +49,27 @@ class PilotWorker(Scanner):
     """`pilot.npz`."""
 
     def __call__(self, unit: Unit) -> Output:
-        few = load_samples(self.run, among=pilot_samples(self.run.dataset("samples").count_rows()))
-        arrays = run_pilot(self.subject, few, self.layers, self.config)
-        return Output(blobs=[Blob("pilot.npz", array_bytes(arrays))])
+        n = self.run.dataset("samples").count_rows()
+        few = load_samples(self.run, among=pilot_samples(n))
+        blobs = [Blob("pilot.npz", array_bytes(run_pilot(self.subject, few, self.layers, self.config)))]
+        wanted = self.config.controls
+        if wanted.nulls + wanted.planted:
+            lists = load_lists(wanted.lists) if wanted.planted else {}
+            counts = count_words(self._texts(n)) if wanted.planted else Counter[str]()
+            plants = {
+                layer: [*nulls(wanted.nulls), *plant(lists, counts, wanted.planted, self.seed, layer)] for layer in self.layers
+            }
+            blobs.append(Blob("planted.json", json.dumps(to_json(plants), ensure_ascii=False).encode()))
+        return Output(blobs=blobs)
+
+    def _texts(self, n: int) -> Iterator[str]:
+        """The texts of COUNTED samples of the explain split at most, evenly spread."""
+        every = max(n // COUNTED, 1)
+        columns, condition = ["sample", "text"], pc.field("split") == "explain"
+        for batch in self.run.dataset("samples").to_batches(columns=columns, filter=condition):
+            for number, text in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                if number % every == 0:
+                    yield text
 
 
 def batch_size(config: RunConfig, facts: dict[str, Any]) -> int:
@@ -73,6 +99,11 @@ def lease_keys(n: int, size: int) -> list[Key]:
     return [{"first": a, "last": min(a + size, n)} for a in range(0, n, size)]
 
 
+def _pilot_key(config: RunConfig) -> Key:
+    """What else decides the pilot: the words of the planted units' lists."""
+    return {"lists": digest(load_lists(config.controls.lists))} if config.controls.planted else {}
+
+
 def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     facts = json.loads(run.files.read("subject.json"))
     units = wanted_units(config, facts)
@@ -90,7 +121,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
         key["controls"] = key["layer"] not in seen
         seen.add(key["layer"])
     return [
-        Step("pilot", [{}], PilotWorker, model=True),
+        Step("pilot", [_pilot_key(config)], PilotWorker, model=True),
         Step("accumulate", leases, AccumulateWorker, model=True),
         Step("close", close, CloseWorker, model=True),
     ]
@@ -101,7 +132,7 @@ SCAN = Stage(
     facts=("batch", "units"),
     reads=(
         "subject.units", "subject.layers", "subject.neurons", "subject.polarity", "exemplars.top", "exemplars.quantile",
-        "exemplars.random", "exemplars.before", "exemplars.after", "exemplars.sink_factor", "controls.decoys",
+        "exemplars.random", "exemplars.before", "exemplars.after", "exemplars.sink_factor", "controls",
         "run.seed", "run.format",
     ),
 )  # fmt: skip

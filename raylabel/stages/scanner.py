@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,11 @@ from raylabel.models.controls import Decoys
 from raylabel.stages.arrays import read_arrays
 from raylabel.stages.base import Key, neuron_ranges
 from raylabel.stages.pilot import finite, load_decoys
+from raylabel.stages.planting import from_json, text_units
 from raylabel.stages.samples import Samples
 from raylabel.stages.state import Batch, Sizes, UnitState
-from raylabel.stages.subject import open_subject
+from raylabel.stages.subject import open_subject, open_tokenizer
+from raylabel.stages.textual import NULL, PLANTED, Plant, Read, Reader, TextUnits, pieces
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
 
@@ -48,6 +51,7 @@ class LayerSetup:
         shift: [U] the units' pilot means. decoy_shift: [n] likewise.
         sink: residual norm above which a position does not count.
         decoys: the layer's control directions, None for none.
+        texts: the layer's controls that are functions of text, None for none.
     """
 
     columns: Tensor | None
@@ -55,24 +59,42 @@ class LayerSetup:
     decoy_shift: Tensor
     sink: float
     decoys: Decoys | None
+    texts: TextUnits | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What text controls see of a batch: ids [B, T] and lengths [B] as arrays, the words read, the positions that count."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    reads: list[list[Read]]
+    mask: Tensor
 
 
 class LayerState:
-    """The states of a layer's units and of its decoys over a lease."""
+    """The states of a layer's units and of its controls over a lease."""
 
     def __init__(self, layer: int, setup: LayerSetup, signs: tuple[int, ...], sizes: Sizes) -> None:
         self.layer, self.setup = layer, setup
         self.units = UnitState(setup.shift, signs, sizes)
         self.decoys = None if setup.decoys is None else UnitState(setup.decoy_shift, (1,), sizes)
+        self.texts = None if setup.texts is None else UnitState(torch.zeros(len(setup.texts.plants)), (1,), sizes)
         self.tokens = torch.zeros((), dtype=torch.int64, device=setup.shift.device)
+        self.tokens_of_texts = torch.zeros((), dtype=torch.int64)
 
-    def add(self, subject: Any, acts: Tensor, mask: Tensor, batch: Batch) -> None:
+    def add(self, subject: Any, acts: Tensor, mask: Tensor, batch: Batch, given: Given) -> None:
         """One batch: what the site gives, [B, T, site_width], and the positions [B, T] that count."""
         self.tokens += mask.sum()
         self.units.add(lambda rows: subject.read(self.layer, acts[rows], self.setup.columns), mask, batch)
         if self.decoys is not None:
             decoys: Decoys = self.setup.decoys  # type: ignore[assignment]
             self.decoys.add(lambda rows: controlled(decoys, acts[rows]), mask, batch)
+        if self.texts is not None:
+            # A sink is known by the residual stream, which a function of text has none of.
+            self.tokens_of_texts += given.mask.sum()
+            values = torch.from_numpy(self.setup.texts.batch(given.ids, given.lengths, given.reads))  # type: ignore[union-attr]
+            self.texts.add(lambda rows: values[rows], given.mask, batch)
 
 
 def controlled(decoys: Decoys, acts: Tensor) -> Tensor:
@@ -108,6 +130,30 @@ class Scanner:
         """The arrays of `pilot.npz`."""
         return read_arrays(self.run.files.read("pilot.npz"))
 
+    @cached_property
+    def plants(self) -> dict[int, list[Plant]]:
+        """The text controls of every layer."""
+        return from_json(json.loads(self.run.files.read("planted.json")))
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads token ids as words."""
+        return Reader(pieces(open_tokenizer(self.run), self.facts["special_ids"]))
+
+    def texts(self, layer: int) -> TextUnits | None:
+        """The text controls of a layer, None where there are none."""
+        if not self.config.controls.nulls + self.config.controls.planted:
+            return None
+        return text_units(self.plants[layer], self.pilot, self.seed, layer)
+
+    def given(self, ids: Tensor, lengths: Tensor, mask: Tensor) -> Given:
+        """What text controls see of a batch."""
+        rows, sizes = ids.cpu().numpy(), lengths.cpu().numpy()
+        if not self.config.controls.nulls + self.config.controls.planted:
+            return Given(rows, sizes, [], mask)
+        reads = [self.reader(row[:n].tolist()) for row, n in zip(rows, sizes.tolist(), strict=True)]
+        return Given(rows, sizes, reads, mask.cpu())
+
     def open(self) -> None:
         """Makes the layers' setups, each on its layer's device."""
         self.special = torch.tensor(self.facts["special_ids"], device=self.subject.device, dtype=torch.int64)
@@ -122,13 +168,20 @@ class Scanner:
         whole = len(columns) == self.facts["columns"]
         return LayerSetup(
             None if whole else columns.to(device), shift, torch.zeros(0) if decoys is None else decoys.offset,
-            float(self.pilot[f"sink.{layer}"]), decoys,
+            float(self.pilot[f"sink.{layer}"]), decoys, self.texts(layer),
         )  # fmt: skip
 
     @property
     def decoys(self) -> int:
         """Decoys a layer."""
         return self.config.controls.decoys
+
+    @property
+    def text_controls(self) -> list[tuple[str, np.ndarray]]:
+        """(kind, places among a layer's text controls) of each kind there is."""
+        nulls, planted = self.config.controls.nulls, self.config.controls.planted
+        both = ((NULL, np.arange(nulls)), (PLANTED, np.arange(nulls, nulls + planted)))
+        return [(control, places) for control, places in both if len(places)]
 
     @property
     def ranges(self) -> list[Key]:

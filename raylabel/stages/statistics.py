@@ -46,14 +46,15 @@ class Merged:
 
 
 def statistics(
-    state: Merged, columns: dict[str, np.ndarray], shift: np.ndarray, site: str, effects: dict[str, Any], names: list[str]
+    state: Merged, columns: dict[str, np.ndarray], shift: np.ndarray, site: str, effects: dict[str, Any] | None, names: list[str]
 ) -> list[dict[str, Any]]:
     """Rows of `statistics` for the columns whose unit is not broken.
 
     Args:
         columns: arrays `neuron`, `polarity` and `row`, the unit among the state's.
         shift: [W] what was taken off before the powers were summed.
-        effects: `up`, `down` value arrays [W, k] and `up_ids`, `down_ids` of the direct effect at polarity +1.
+        effects: `up`, `down` value arrays [W, k] and `up_ids`, `down_ids` of the direct effect at polarity +1; None for units
+            that write nothing.
         names: the tokens' strings.
     """
     n = max(state.tokens, 1)
@@ -87,7 +88,10 @@ def statistics(
     return rows
 
 
-def _effects(effects: dict[str, Any], row: int, positive: bool, names: list[str]) -> tuple[list[Any], list[Any]]:
+def _effects(effects: dict[str, Any] | None, row: int, positive: bool, names: list[str]) -> tuple[Any, Any]:
+    if effects is None:
+        return None, None
+
     def pairs(which: str) -> list[dict[str, Any]]:
         values, ids = effects[which][row].tolist(), effects[f"{which}_ids"][row].tolist()
         return [{"token": names[i], "value": v if positive else -v} for v, i in zip(values, ids, strict=True)]

@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 
 from raylabel.config import VerifyConfig
 from raylabel.stages.arrays import lists
+from raylabel.stages.hashing import hashed
 from raylabel.words import segment
 from raylabel.words.splice import Edit, Sample, Splice, Splicer
 
@@ -110,6 +111,15 @@ def plan_variants(
     unit, rank = unit_numbers(exemplars), exemplars["rank"].to_numpy()
     choice = _choose(texts, row, numbers, places, substitutes, config, unit, rank, seed)
     return _build(exemplars, texts, row, mat, places, choice, splicer, limit)
+
+
+def part(plan: Plan, chosen: pa.ChunkedArray) -> Plan:
+    """Some of a plan's rows, whole units of it, with the texts that they need."""
+    rows = plan["rows"].filter(chosen)
+    used, text = np.unique(rows["text"].to_numpy(), return_inverse=True)
+    at = rows.schema.get_field_index("text")
+    rows = rows.set_column(at, rows.schema.field(at), pa.array(text.astype(np.int32)))
+    return {"rows": rows, "texts": plan["texts"].take(pa.array(used))}
 
 
 def unit_numbers(table: pa.Table) -> np.ndarray:
@@ -202,14 +212,14 @@ def _choose(
     pool = _table(source.random(words, k * RANDOM_POOL), k * RANDOM_POOL, index)
     size = (pool >= 0).sum(axis=1)[word, None]
     turn = np.arange(k)
-    first = (_mix(seed, numbers[exemplar], start)[:, None] >> np.uint64(1)).astype(np.int64)
+    first = (hashed(seed, numbers[exemplar], start)[:, None] >> np.uint64(1)).astype(np.int64)
     drawn = pool[word[:, None], (first + turn) % np.maximum(size, 1)]
     drawn[turn >= size] = -1
     # [words in place, turn, kind]
     chosen = np.stack([near[word], drawn], axis=2)
     at, turns, kinds = np.nonzero(chosen >= 0)
 
-    spread = _mix(seed, rank[exemplar], offset)[at]
+    spread = hashed(seed, rank[exemplar], offset)[at]
     order = np.lexsort((kinds, spread, turns, offset[at] != 0, unit[exemplar[at]]))
     owner = unit[exemplar[at[order]]]
     within = np.arange(len(owner)) - np.searchsorted(owner, owner)
@@ -227,18 +237,6 @@ def _table(found: list[list[str]], k: int, index: dict[str, int]) -> np.ndarray:
         numbers = [index.setdefault(s, len(index)) for s in dict.fromkeys(substitutes)][:k]
         line[: len(numbers)] = numbers
     return table
-
-
-def _mix(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 hash of integers (splitmix64), the same on every machine."""
-    with np.errstate(over="ignore"):
-        mixed = np.zeros(1, np.uint64)
-        for part in parts:
-            mixed = mixed + np.asarray(part).astype(np.int64).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = mixed ^ (mixed >> np.uint64(31))
-    return mixed
 
 
 def _build(

@@ -5,6 +5,8 @@ Only flagged units are verified, and the controls that are flagged under the sam
 
 from __future__ import annotations
 
+import json
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -13,10 +15,13 @@ import pyarrow.compute as pc
 from raylabel.config import RunConfig
 from raylabel.stages import causal, measure, verify
 from raylabel.stages.arrays import read_arrays, read_table, table_bytes
-from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_decoys
+from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_controls
 from raylabel.stages.identify_stage import open_background
 from raylabel.stages.pilot import load_decoys
+from raylabel.stages.planting import from_json, text_units
 from raylabel.stages.subject import open_subject, open_tokenizer
+from raylabel.stages.textmeasure import measure_texts
+from raylabel.stages.textual import TEXT_CONTROLS, Plant, Reader, TextUnits, pieces
 from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
@@ -45,10 +50,14 @@ class Link:
         run = self.run.controls if unit.key["controls"] else self.run
         return run.table(name, unit.key["layer"], (unit.key["first"], unit.key["last"]), **options)
 
-    def flagged(self, unit: Unit) -> set[tuple[int, int]]:
-        """(neuron, polarity) of the unit's flagged candidates."""
-        rows = self.table(unit, "candidates", filter=pc.field("flagged"), columns=["neuron", "polarity"])
-        return set(zip(rows.column(0).to_pylist(), rows.column(1).to_pylist(), strict=True))
+    def keys(self, unit: Unit) -> list[str]:
+        """The columns that name a unit in its tables."""
+        return [*(["control"] if unit.key["controls"] else []), "neuron", "polarity"]
+
+    def flagged(self, unit: Unit) -> set[tuple[Any, ...]]:
+        """The unit's flagged candidates."""
+        rows = self.table(unit, "candidates", filter=pc.field("flagged"), columns=self.keys(unit))
+        return {tuple(row.values()) for row in rows.to_pylist()}
 
     def samples(self, numbers: pa.ChunkedArray) -> pa.Table:
         """The samples with these numbers."""
@@ -68,7 +77,7 @@ class SubstituteLink(Link):
         wanted = self.flagged(unit)
         condition = (pc.field("sampling") == "top") & (pc.field("split") == "explain")
         exemplars = self.table(unit, "exemplars", filter=condition)
-        keys = zip(exemplars.column("neuron").to_pylist(), exemplars.column("polarity").to_pylist(), strict=True)
+        keys = (tuple(row.values()) for row in exemplars.select(self.keys(unit)).to_pylist())
         exemplars = exemplars.filter(pa.array([key in wanted for key in keys], pa.bool_()))
         return verify.plan_variants(
             exemplars, self.samples(exemplars.column("sample")), self.substitutes, self.splicer, self.config.verify,
@@ -87,6 +96,20 @@ class RemeasureLink(Link):
         self.subject = open_subject(self.config, self.facts)
         self.pilot = read_arrays(self.run.files.read("pilot.npz"))
 
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads token ids as words."""
+        return Reader(pieces(open_tokenizer(self.run), self.facts["special_ids"]))
+
+    @cached_property
+    def plants(self) -> dict[int, list[Plant]]:
+        """What the text controls of every layer fire on."""
+        return from_json(json.loads(self.run.files.read("planted.json")))
+
+    def texts(self, layer: int) -> TextUnits:
+        """The text controls of a layer."""
+        return text_units(self.plants[layer], self.pilot, self.config.run.seed, layer)
+
     def __call__(self, unit: Unit, plan: dict[str, pa.Table]) -> dict[str, pa.Table]:
         layer, subject = unit.key["layer"], self.subject
         decoys = None
@@ -94,7 +117,11 @@ class RemeasureLink(Link):
             on = subject.layer_device(layer)
             decoys = load_decoys(self.pilot, layer, self.facts["site_width"], self.config.run.seed, on)
         sink = float(self.pilot[f"sink.{layer}"])
-        rows, failures = measure.measure(subject, layer, plan, decoys, sink=sink)
+        by_text = pc.is_in(plan["rows"]["control"], pa.array(TEXT_CONTROLS))
+        rows, failures = measure.measure(subject, layer, verify.part(plan, pc.invert(by_text)), decoys, sink=sink)
+        if pc.any(by_text).as_py():
+            special, of_texts = self.facts["special_ids"], verify.part(plan, by_text)
+            rows = pa.concat_tables([rows, measure_texts(self.texts(layer), self.reader, special, of_texts)])
         notes = []
         for key in measure.unreproduced(rows, self.facts["dtype"] != "float32"):
             numbers = rows.filter(pc.equal(rows["kind"], "original")).column("sample")
@@ -164,12 +191,13 @@ class CloseWorker(Link):
 
 
 def _sorted(table: pa.Table) -> pa.Table:
-    return table.sort_by([("neuron", "ascending"), ("polarity", "descending")])
+    control = [("control", "ascending")] if "control" in table.column_names else []
+    return table.sort_by([("neuron", "ascending"), *control, ("polarity", "descending")])
 
 
 def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     units = wanted_units(config, run.resolved)
-    keys = with_decoys(units, config.controls.decoys, NEURONS)
+    keys = with_controls(units, config.controls, NEURONS)
     return [
         Step("variants", keys, VerifyWorker, divide=halve_neurons, blame=blame_neurons, model=True),
         Step("close", [{"layer": layer} for layer in units], CloseWorker),
@@ -177,6 +205,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 VERIFY = Stage(
-    name="verify", version=1, needs=("identify", "scan", "tokenize"), tables=("variants", "verifications"), steps=_steps,
+    name="verify", version=2, needs=("identify", "scan", "tokenize"), tables=("variants", "verifications"), steps=_steps,
     reads=("verify", "identify.window", "run.seed", "run.format"),
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Words to put in place of another: its nearest FastText neighbours, and random words that are as ordinary as it is.
 
-Candidates are corpus vocabulary words that occur three times or more, one for all casings of a word; near is by the
-cosine of word vectors without their common part. A substitute has the shape class of the word it replaces (letters,
+Candidates are corpus vocabulary words that occur three times or more, one for all casings of a word. Near is by the
+cosine of word vectors without their common part, less 0.02 an octave of difference in frequency: vectors of rare words
+are rough, and random words match in frequency too. A substitute has the shape class of the word it replaces (letters,
 digits, punctuation, mixed), is written in its casing, and is never the word, another casing or an inflection of it
 (same stem). What a word gets depends on the word, k and the seed alone.
 """
@@ -17,6 +18,7 @@ from raylabel.words.background import Background
 from raylabel.words.families import stem
 
 MIN_COUNT = 3
+OCTAVE = 0.02
 BLOCK = 256
 # Enough random words of like length before longer and shorter ones are let in.
 CHOICE = 12
@@ -67,6 +69,8 @@ class Substitutes:
         self._members = {name: np.flatnonzero(shapes == name) for name in set(shapes.tolist())}
         bands = range(background.bands)
         self._groups = {(name, b): m[self._bands[m] == b] for name, m in self._members.items() for b in bands}
+        self._octaves = np.log2(background.counts[ranks]).astype(np.float32)
+        self._folded = {word.casefold(): i for i, word in enumerate(self._words)}
         self._near: dict[tuple[str, int], list[int]] = {}
         self._drawn: dict[tuple[str, int], list[str]] = {}
 
@@ -100,22 +104,36 @@ class Substitutes:
         if not some:
             return [[] for _ in words]
         matrix = self._vectors[members]
-        # The product only makes the shortlist; the order is by cosines that do not depend on the rest of the block.
-        short = np.argpartition(-(queries @ matrix.T), some - 1, axis=1)[:, :some]
-        exact = np.einsum("qd,qsd->qs", queries, matrix[short])
+        octaves = np.array([[self._octave(word)] for word in words], np.float32)
+        # The product only makes the shortlist; the order is by numbers that do not depend on the rest of the block.
+        rough = queries @ matrix.T - self._apart(octaves, members)
+        short = np.argpartition(-rough, some - 1, axis=1)[:, :some]
+        exact = np.einsum("qd,qsd->qs", queries, matrix[short]) - self._apart(octaves, members[short])
         order = np.lexsort((members[short], -exact), axis=1)
         ranked = members[np.take_along_axis(short, order, axis=1)]
         found: list[list[int]] = []
-        for word, query, row in zip(words, queries, ranked, strict=True):
+        for word, query, octave, row in zip(words, queries, octaves, ranked, strict=True):
             if not query.any():
                 found.append([])
                 continue
             kept = self._others(word, row)
             if len(kept) < k and some < len(members):
-                cosines = np.einsum("d,nd->n", query, matrix)
-                kept = self._others(word, members[np.lexsort((members, -cosines))])
+                nearness = np.einsum("d,nd->n", query, matrix) - self._apart(octave, members)
+                kept = self._others(word, members[np.lexsort((members, -nearness))])
             found.append(kept[:k].tolist())
         return found
+
+    def _apart(self, octaves: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """What is taken off the cosines of the candidates for words of such frequency."""
+        return OCTAVE * np.abs(self._octaves[candidates] - octaves)
+
+    def _octave(self, word: str) -> float:
+        """log2 of how often the word occurs in the casing that it has as a candidate, else as it is; 0 if never."""
+        i = self._folded.get(word.casefold())
+        if i is not None:
+            return float(self._octaves[i])
+        rank = self._background.index.get(word)
+        return 0.0 if rank is None else float(np.log2(self._background.counts[rank]))
 
     def _others(self, word: str, candidates: np.ndarray) -> np.ndarray:
         """`candidates` without the word itself, its casings and its inflections, which all have its stem."""

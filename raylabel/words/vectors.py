@@ -28,8 +28,9 @@ from raylabel.errors import BadInput, RunFailed
 from raylabel.words.segment import words
 
 MAGIC, HEADER = 793712314, "<ii12id3iqq"
-# A narrow window and little subsampling separate kinds of words best where text is scarce; the usual settings
-# (window 5, t = 1e-4) need many times the text.
+# A narrow window, hierarchical softmax and hardly any subsampling separate kinds of words best where text is scarce;
+# the usual settings (window 5, negative sampling, t = 1e-4) need many times the text. `tests.benchmarks --only
+# neighbours` measures it.
 SMALL, LARGE = 100_000, 20_000_000
 
 # fastText with one thread draws initial values for a tenth of its matrix and takes the rest as the allocator gives
@@ -58,23 +59,23 @@ def train_vectors(
 ) -> None:
     """Trains on `texts`, one document each, and writes the model to `path`; nothing is left behind on failure.
 
-    `epochs` None gives small texts more: 15 up to 1 MB, 10 at 1.5 MB, 5 from 3 MB on. One core, about
-    0.6 s a MB and epoch. The file has (vocabulary x 2 + bucket) x dim x 4 bytes.
+    `epochs` None gives small texts more: 15 up to 2 MB, 10 at 3 MB, 5 from 6 MB on. One core, about
+    0.4 s a MB and epoch. The file has (vocabulary x 2 + bucket) x dim x 4 bytes.
     """
     target = Path(path)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".vectors-") as folder:
         source, model = Path(folder, "text"), Path(folder, "model.bin")
         with source.open("w", encoding="utf-8", errors="replace", newline="\n") as out:
             size = sum(out.write(" ".join(map(normal, words(text))) + "\n") - 1 for text in texts)
-            # Line ends count as a word; enough of them, and negative sampling always finds a second word.
+            # Line ends count as a word; enough of them, and there is always a second word to tell a word from.
             out.write("\n" * 5)
         if not size:
             raise BadInput("identify.vectors: no words in the explain documents to train on; give a fastText .bin file")
         settings: dict[str, Any] = {
-            "dim": dim, "bucket": bucket, "minn": 3, "maxn": 5, "ws": 3, "neg": 3,
-            "epoch": epochs or min(max(round(15e6 / max(size, 1)), 5), 15),
+            "dim": dim, "bucket": bucket, "minn": 3, "maxn": 5, "ws": 2, "loss": "hs",
+            "epoch": epochs or min(max(round(30e6 / max(size, 1)), 5), 15),
             "minCount": 1 if size < SMALL else 2 if size < LARGE else 5,
-            "t": 1e-3 if size < LARGE else 1e-4,
+            "t": 1e-2 if size < LARGE else 1e-4,
         }  # fmt: skip
         for rate in (0.05, 0.02):
             problem = _train(source, model, {**settings, "lr": rate})

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "ray-fixed": "ray_cost:fixed",
     "verify": "verify:verify",
     "identify": "identify:identify",
+    "neighbours": "neighbours:neighbours",
 }
 ONE_THREAD = ("ray",)
 """Those whose process has one thread, as a worker on Ray has."""

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from scipy import stats
 from torch import Tensor
 
 from raylabel.config import VerifyConfig
@@ -31,6 +32,11 @@ def test_numbers_of_known_units(known: Known) -> None:
     assert context["retention_mat"] > 0.95
     assert none["retention"] == pytest.approx(1) and none["promoted"] == []
     assert concept["n_variants"] == 600
+    assert concept["drop_mat"] < 0.6 and token["drop_mat_low"] > 0.95
+    assert (context["drop_context_offset"], context["drop_context"]) == (-1, pytest.approx(1, abs=0.05))
+    assert none["drop_mat_low"] <= none["drop_mat"] == pytest.approx(0) == none["drop_context"]
+    assert token["retention_random_mat"] == pytest.approx(0, abs=0.05) and token["retention_random_context"] > 0.95
+    assert context["retention_random_by_offset"][4] == pytest.approx(0, abs=0.05)
 
 
 def test_context_is_kept(samples: pa.Table) -> None:
@@ -74,6 +80,8 @@ def test_formulas_equal_plain_loops(known: Known) -> None:
     keeps = pa.array(rng.random(rows.num_rows) < 0.3)
     rows = rows.set_column(rows.schema.get_field_index("activation"), "activation", pa.array(shaken, pa.float32()))
     rows = rows.set_column(rows.schema.get_field_index("keeps_token"), "keeps_token", keeps)
+    documents = pa.array(rows["document"].to_numpy() // 10, pa.int64())
+    rows = rows.set_column(rows.schema.get_field_index("document"), "document", documents)
     _, verifications = causal.summarise(rows, exemplars, statistics, layer=0, seed=0)
     for line in verifications.to_pylist():
         expected = by_loops(line["neuron"], rows.to_pylist(), exemplars.to_pylist(), statistics.to_pylist())
@@ -88,32 +96,69 @@ def by_loops(unit: int, rows: list[Any], exemplars: list[Any], statistics: list[
     b = float(np.median([max(a[i : i + 11]) for a in drawn for i in range(len(a) - 10)]))
     top = next(s["max"] for s in statistics if s["neuron"] == unit)
     original = {row["rank"]: row["activation"] for row in mine if row["kind"] == "original"}
+    both = ("neighbour", "random")
 
-    def retention(kind: str, offsets: Sequence[int], fresh: bool = False, among: set[int] | None = None) -> float:
-        above, below = 0.0, 0.0
+    def chosen(kinds: Sequence[str], offsets: Sequence[int], fresh: bool = False, among: set[int] | None = None) -> list[Any]:
+        """Document, a_v - b and a_o - b of variants."""
+        found = []
         for row in mine:
             a_o = original[row["rank"]]
-            if row["kind"] != kind or row["offset"] not in offsets or a_o - b < 0.05 * (top - b):
+            if row["kind"] not in kinds or row["offset"] not in offsets or a_o - b < 0.05 * (top - b):
                 continue
             if (not fresh or not row["keeps_token"]) and (among is None or row["rank"] in among):
-                above += row["activation"] - b
-                below += a_o - b
-        return above / below
+                found.append((row["document"], row["activation"] - b, a_o - b))
+        return found
 
-    fresh = [{r["rank"] for r in mine if r["kind"] == k and r["offset"] == 0 and not r["keeps_token"]}
-             for k in ("neighbour", "random")]  # fmt: skip
-    both = fresh[0] & fresh[1]
+    def retention(*which: Any) -> float:
+        return ratio(chosen(*which))
+
+    seed = causal.draw_seed(0, 0, (None, unit, 1))
+
+    def costs(name: str, found: list[Any]) -> dict[str, float]:
+        low, high = by_resampling([], found, seed)
+        return {name: 1 - ratio(found), f"{name}_low": low, f"{name}_high": high}
+
+    fresh = [{r["rank"] for r in mine if r["kind"] == k and r["offset"] == 0 and not r["keeps_token"]} for k in both]
+    paired = [chosen([kind], [0], True, fresh[0] & fresh[1]) for kind in both]
+    low, high = by_resampling(*paired, seed)
     near = [row["activation"] for row in mine if row["kind"] == "neighbour"]
-    return {
-        "retention": retention("neighbour", range(-5, 1)),
-        "retention_mat": retention("neighbour", [0]),
-        "retention_context": retention("neighbour", range(-5, 0)),
-        "retention_by_offset": [retention("neighbour", [o]) for o in range(-5, 1)],
-        "specificity": retention("neighbour", [0], True, both) - retention("random", [0], True, both),
+    worst = min(range(-5, 0), key=lambda o: retention(both, [o]))
+    numbers = {
+        "specificity": ratio(paired[0]) - ratio(paired[1]),
+        "specificity_low": low,
+        "specificity_high": high,
+        **costs("drop_mat", chosen(both, [0], True)),
+        **costs("drop_context", chosen(both, [worst])),
+        "drop_context_offset": worst,
         "average_activation": sum(near) / len(near),
         "background": b,
         "n_variants": len(mine) - len(original),
     }
+    for name, kind in (("retention", "neighbour"), ("retention_random", "random")):
+        numbers[name] = retention([kind], range(-5, 1))
+        numbers[f"{name}_mat"] = retention([kind], [0])
+        numbers[f"{name}_context"] = retention([kind], range(-5, 0))
+        numbers[f"{name}_by_offset"] = [retention([kind], [o]) for o in range(-5, 1)]
+    return numbers
+
+
+def ratio(found: list[Any]) -> float:
+    """Of sums; 1 of nothing, as a drop is 1 - a retention."""
+    return sum(gain for _, gain, _ in found) / sum(base for _, _, base in found) if found else 1.0
+
+
+def by_resampling(more: list[Any], less: list[Any], seed: int) -> tuple[float, float]:
+    """The interval of a difference of ratios, document by document."""
+    documents = sorted({document for document, *_ in less})
+    n, value = len(documents), ratio(more) - ratio(less)
+    of = [[[row for row in part if row[0] == d] for d in documents] for part in (more, less)]
+    found = []
+    for draw in np.random.default_rng(seed).integers(n, size=(1000, n)):
+        again = [[row for i in draw for row in part[i]] for part in of]
+        found.append(ratio(again[0]) - ratio(again[1]))
+    low, high = np.percentile(found, (2.5, 97.5))
+    stretch = stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975) * (n / (n - 1)) ** 0.5
+    return value - stretch * (value - low), value + stretch * (high - value)
 
 
 def test_promoted_are_the_substitutes_that_raise_most(known: Known) -> None:
@@ -150,6 +195,8 @@ def test_too_few_exemplars_give_no_retention(known: Known) -> None:
     few = rows.filter((pc.field("neuron") == 0) & (pc.field("rank") < 4))
     line = causal.summarise(few, exemplars, statistics, layer=0, seed=0)[1].to_pylist()[0]
     assert line["retention"] is None and line["specificity"] is None and line["evidence"] == "none"
+    absent = ("retention_random", "retention_random_mat", "drop_mat", "drop_mat_low", "drop_context", "drop_context_offset")
+    assert all(line[name] is None for name in absent) and line["retention_random_by_offset"][5] is not None
     assert line["average_activation"] is not None and line["retention_by_offset"][5] is not None
 
 
@@ -159,6 +206,7 @@ def test_one_document_gives_no_interval(known: Known) -> None:
     one = one.set_column(5, "document", pa.array([7] * one.num_rows, pa.int64()))
     line = causal.summarise(one, exemplars, statistics, layer=0, seed=0)[1].to_pylist()[0]
     assert line["specificity_low"] is None and line["evidence"] != "concept"
+    assert (line["drop_mat_low"], line["drop_mat_high"], line["drop_context_low"]) == (None, None, None)
 
 
 def test_the_interval_covers_the_truth() -> None:

@@ -174,7 +174,7 @@ def test_planted_units(fitted: Background) -> None:
     stems = [[w + "s" * int(rng.integers(2)) for _ in range(20)] for w in FILLERS[:20]]
     found = measure(table([*meaning, *stems, *random_units(60, seed=4)]), fitted, 5, [BOS], 0)
     rows = with_layer(found)
-    units, _ = close(rows, rows.slice(0, 0), IdentifyConfig())
+    units, _ = close(rows, candidates([], controls=True), IdentifyConfig())
     kinds = units["kind"].to_pylist()
     assert kinds[:20] == ["meaning"] * 20
     assert kinds[20:40] == ["word"] * 20
@@ -212,7 +212,8 @@ def with_layer(rows: pa.Table, layer: int = 0) -> pa.Table:
 
 def candidates(rows: list[dict[str, Any]], controls: bool = False) -> pa.Table:
     """Rows of `candidates` and their layers; what is not given is as in an unremarkable unit."""
-    usual = {"polarity": 1, "n_families": 10, "top_families": 0.4, "status": "ok", "phrase_similarity": 0.1}
+    usual: dict[str, Any] = {"polarity": 1, "n_families": 10, "top_families": 0.4, "status": "ok", "phrase_similarity": 0.1}
+    usual |= {"control": "decoy"} if controls else {}
     filled = [{"neuron": i, **usual, **row} for i, row in enumerate(rows)]
     layers = pa.array([row.pop("layer", 0) for row in filled], pa.int32())
     return from_rows(filled, "candidates", controls).append_column("layer", layers)
@@ -268,7 +269,7 @@ def test_kind_and_flagged(row: dict[str, Any], config: dict[str, Any], kind: str
 def test_the_original_preset_asks_for_phrase_similarity_alone() -> None:
     config = build_config({"preset": "original", "subject": {"model": "demo"}}).identify
     rows = [{"p_value": 0.9, "phrase_similarity": s} for s in (0.59, 0.61)]
-    assert close(candidates(rows), candidates([]), config)[0]["flagged"].to_pylist() == [False, True]
+    assert close(candidates(rows), candidates([], controls=True), config)[0]["flagged"].to_pylist() == [False, True]
 
 
 def test_decoy_rates() -> None:
@@ -280,12 +281,13 @@ def test_decoy_rates() -> None:
     decoys = candidates([
         {"p_value": 0.01}, {"p_value": 0.3}, {"p_value": 0.6}, {}, {**word, "top_families": 0.8},
         {"p_value": 0.001, "polarity": -1}, {"p_value": 0.02, "polarity": -1}, {"p_value": 0.001, "layer": 1, "polarity": -1},
-        {"status": "too_few"},
+        {"status": "too_few"}, {"control": "null", "p_value": 0.01}, {"control": "planted", **word, "top_families": 0.8},
     ], controls=True)  # fmt: skip
     closed, controls = close(units, decoys, IdentifyConfig(fdr=1e-6))
     rates = closed["decoy_rate"].to_pylist()
     assert rates == pytest.approx([1 / 6, 2 / 6, 0, 1 / 6, 1 / 2, 1, None, None])
-    assert controls["decoy_rate"].null_count == controls.num_rows
+    # The other controls are compared with decoys as units are, and decoys with nothing.
+    assert controls["decoy_rate"].to_pylist() == [*[None] * 9, pytest.approx(1 / 6), pytest.approx(1 / 6)]
     assert closed.schema.equals(units.schema) and controls.schema.equals(decoys.schema)
 
 
@@ -329,7 +331,7 @@ def test_planted_units_in_stories(tmp_path: Path) -> None:
         for u, places in enumerate(chosen) for rank, (i, j) in enumerate(places)
     ]  # fmt: skip
     found = with_layer(measure(from_rows(exemplars, "exemplars"), fitted, 5, [ids["<bos>"]], 0))
-    kinds = close(found, found.slice(0, 0), IdentifyConfig())[0]["kind"].to_pylist()
+    kinds = close(found, candidates([], controls=True), IdentifyConfig())[0]["kind"].to_pylist()
     assert kinds[:15].count("meaning") >= 13
     assert kinds[15:21] == ["word"] * 6
     assert kinds[21:].count(None) >= 57

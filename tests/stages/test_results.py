@@ -124,12 +124,21 @@ def test_calibration_counts_each_layers_controls() -> None:
         for layer in (0, 2) for n in range(10)
     ]  # fmt: skip
     table = from_rows(rows, "results", controls=True).append_column("layer", pa.array([0] * 10 + [2] * 10, pa.int32()))
-    first, second = calibration(table).to_pylist()
+    first, second = calibration(table, {}).to_pylist()
     assert (first["layer"], first["control"], first["n"], first["flagged"], first["verified"]) == (0, "decoy", 10, 0, 0)
     assert (second["layer"], second["n"], second["flagged"], second["verified"], second["labelled"]) == (2, 10, 6, 2, 0)
     assert (second["flagged_rate"], second["verified_rate"]) == pytest.approx((0.6, 0.2))
     assert (second["flagged_low"], second["flagged_high"]) == pytest.approx(interval(6, 10)[1:])
-    assert calibration(table.slice(0, 0)).num_rows == 0
+    assert calibration(table.slice(0, 0), {}).num_rows == 0
+
+
+def test_calibration_tells_planted_units_by_their_difficulty() -> None:
+    rows = [{"control": c, "neuron": n, "polarity": 1, "flagged": n < 2, "verified": n < 1, "status": "ok"}
+            for n in range(4) for c in ("null", "planted")]  # fmt: skip
+    table = from_rows(rows, "results", controls=True).append_column("layer", pa.array([1] * 8, pa.int32()))
+    hard = {(1, 0): "clean", (1, 1): "clean", (1, 2): "cue", (1, 3): "cue"}
+    found = [(r["control"], r["difficulty"], r["n"], r["flagged"], r["verified"]) for r in calibration(table, hard).to_pylist()]
+    assert found == [("null", None, 4, 2, 1), ("planted", "clean", 2, 2, 1), ("planted", "cue", 2, 0, 0)]
 
 
 # a run
