@@ -30,9 +30,10 @@ rare: the rarest words of a list. noise: a list, and NOISE of what it fires on i
 distractor: a list, and another one at half strength. two lists: both at full strength.
 """
 NOISE = 0.2
-LEAST_COUNT, LEAST_WORDS, MOST_WORDS, LEAST_TOTAL = 5, 4, 60, 60
+LEAST_COUNT, LEAST_WORDS, MOST_WORDS, LEAST_TOTAL = 5, 8, 60, 60
 """A list serves with so many words, of different stems, that occur so often each and so often in all."""
 FEW = (3, 5)
+LEAST_RARE = 4
 RARE_TOTAL = 30
 CUE_COUNT = 60
 """A cue occurs at least so often, and no oftener than one word in a thousand: behind a common word, anything stands."""
@@ -79,11 +80,11 @@ class _Pool:
     def __init__(self, lists: dict[str, list[str]], counts: Counter[str]) -> None:
         self.counts, self.total = counts, max(sum(counts.values()), 1)
         present = {name: _distinct(given, counts, LEAST_COUNT) for name, given in lists.items()}
-        self.lists = {name: found for name, found in present.items() if self._enough(found, LEAST_TOTAL)}
+        self.lists = {name: found for name, found in present.items() if self._enough(found, LEAST_TOTAL, LEAST_WORDS)}
         few = {name: [w for w in found if counts[w] * FEW[0] >= LEAST_TOTAL] for name, found in present.items()}
         self.few = {name: found for name, found in few.items() if len(found) >= FEW[1]}
         rare = {name: _rarest(found, counts) for name, found in present.items()}
-        self.rare = {name: found for name, found in rare.items() if self._enough(found, RARE_TOTAL)}
+        self.rare = {name: found for name, found in rare.items() if self._enough(found, RARE_TOTAL, LEAST_RARE)}
         named = sorted({word for found in present.values() for word in found})
         self.single = [w for w in named if counts[w] >= LEAST_TOTAL and any(c.isalpha() for c in w)]
         self.cues = sorted(w for w, c in counts.items() if CUE_COUNT <= c <= self.total / 1000 and w.isalpha() and len(w) > 2)
@@ -112,7 +113,7 @@ class _Pool:
         if difficulty == "few":
             found = [found[i] for i in draw.permutation(len(found))[: draw.integers(FEW[0], FEW[1] + 1)]]
         if difficulty == "diluted":
-            found = _half(found, self.counts, draw)
+            found = _half(found, draw)
         found = found[:MOST_WORDS]
         given: tuple[str, ...] = (first,)
         weak: list[str] = []
@@ -125,8 +126,8 @@ class _Pool:
             weak, found = (other, found) if difficulty == "distractor" else ([], [*found, *other])
         return Plant(PLANTED, neuron, difficulty, given, tuple(found), tuple(weak), None, noise)
 
-    def _enough(self, found: list[str], total: int) -> bool:
-        return len(found) >= LEAST_WORDS and sum(self.counts[w] for w in found) >= total
+    def _enough(self, found: list[str], total: int, least: int) -> bool:
+        return len(found) >= least and sum(self.counts[w] for w in found) >= total
 
 
 def _distinct(given: list[str], counts: Counter[str], least: int) -> list[str]:
@@ -139,19 +140,18 @@ def _distinct(given: list[str], counts: Counter[str], least: int) -> list[str]:
 
 
 def _rarest(found: list[str], counts: Counter[str]) -> list[str]:
-    """The rarest words, as few as reach RARE_TOTAL occurrences and LEAST_WORDS words."""
+    """The rarest words, as few as reach RARE_TOTAL occurrences and LEAST_RARE words."""
     chosen: list[str] = []
     for word in reversed(found):
-        if len(chosen) >= LEAST_WORDS and sum(counts[w] for w in chosen) >= RARE_TOTAL:
+        if len(chosen) >= LEAST_RARE and sum(counts[w] for w in chosen) >= RARE_TOTAL:
             break
         chosen.append(word)
     return chosen
 
 
-def _half(found: list[str], counts: Counter[str], draw: np.random.Generator) -> list[str]:
-    """Half of the words, drawn at random, and more until LEAST_WORDS of them are there."""
-    order = [found[i] for i in draw.permutation(len(found))]
-    return order[: max(len(found) // 2, LEAST_WORDS)]
+def _half(found: list[str], draw: np.random.Generator) -> list[str]:
+    """Half of the words, drawn at random."""
+    return [found[i] for i in draw.permutation(len(found))[: len(found) // 2]]
 
 
 def text_units(plants: list[Plant], pilot: dict[str, np.ndarray], seed: int, layer: int) -> TextUnits:

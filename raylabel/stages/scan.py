@@ -33,9 +33,8 @@ from raylabel.words.lists import load_lists
 COUNTED = 50_000
 """Samples whose words are counted to choose what planted units fire on."""
 CPU_BATCH, GPU_BATCH = 32, 128
-CPU_BYTES = 1 << 24
-"""Bytes of a layer's activations in a batch on a CPU, at most: larger ones leave the caches, and from 32 MB on the C library
-gives their memory back after every operation and takes it anew, page by page."""
+CPU_BYTES = 6 << 20
+"""Bytes of a layer's activations in a batch on a CPU, at most: larger ones leave the caches before the update sees them."""
 LEASES = 4
 """A scan has at least so many leases."""
 LEASE_SECONDS = 120

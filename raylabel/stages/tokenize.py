@@ -31,6 +31,8 @@ from raylabel.tables import SPLITS, schema
 
 DOCUMENTS_A_BATCH = 256
 SAMPLES_A_FILE = 65_536
+VECTORS_VERSION = 2
+"""Raised when the same text would give other vectors."""
 
 
 def split_of(text: str) -> str:
@@ -238,7 +240,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
         Step("samples", [{}], NumberWorker),
     ]
     if config.identify.vectors == "train":
-        steps.append(Step("vectors", [{"vectors": "train"}], VectorsWorker))
+        steps.append(Step("vectors", [{"vectors": "train", "version": VECTORS_VERSION}], VectorsWorker))
     return steps
 
 

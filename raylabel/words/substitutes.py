@@ -4,12 +4,14 @@ Candidates are corpus vocabulary words that occur three times or more, one for a
 cosine of word vectors without their common part, less 0.02 an octave of difference in frequency: vectors of rare words
 are rough, and random words match in frequency too. A substitute has the shape class of the word it replaces (letters,
 digits, punctuation, mixed), is written in its casing, and is never the word, another casing or an inflection of it
-(same stem). What a word gets depends on the word, k and the seed alone.
+(same stem), nor a word that begins with all of it or that it begins with. What a word gets depends on the word, k and the
+seed alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +20,8 @@ from raylabel.words.background import Background
 from raylabel.words.families import stem
 
 MIN_COUNT = 3
+# Shorter words begin too many others.
+LEAST_ALIKE = 3
 OCTAVE = 0.02
 BLOCK = 256
 # Enough random words of like length before longer and shorter ones are let in.
@@ -71,6 +75,8 @@ class Substitutes:
         self._groups = {(name, b): m[self._bands[m] == b] for name, m in self._members.items() for b in bands}
         self._octaves = np.log2(background.counts[ranks]).astype(np.float32)
         self._folded = {word.casefold(): i for i, word in enumerate(self._words)}
+        spelled = sorted((word.casefold(), i) for i, word in enumerate(self._words))
+        self._spelled, self._by_spelling = [word for word, _ in spelled], [i for _, i in spelled]
         self._near: dict[tuple[str, int], list[int]] = {}
         self._drawn: dict[tuple[str, int], list[str]] = {}
 
@@ -136,8 +142,18 @@ class Substitutes:
         return 0.0 if rank is None else float(np.log2(self._background.counts[rank]))
 
     def _others(self, word: str, candidates: np.ndarray) -> np.ndarray:
-        """`candidates` without the word itself, its casings and its inflections, which all have its stem."""
-        return candidates[self._stems[candidates] != self._numbers.get(stem(word), -1)]
+        """`candidates` without the word itself, its casings, its inflections (all of its stem) and words that begin alike."""
+        kept = candidates[self._stems[candidates] != self._numbers.get(stem(word), -1)]
+        alike = self._alike(word.casefold())
+        return kept[~np.isin(kept, alike)] if len(alike) else kept
+
+    def _alike(self, folded: str) -> np.ndarray:
+        """Candidates that go on where the word ends, or that it goes on from: near by their sub-words whatever they mean."""
+        if len(folded) < LEAST_ALIKE or not folded.isalpha():
+            return _NONE
+        first, last = bisect_left(self._spelled, folded), bisect_left(self._spelled, folded + "\U0010ffff")
+        beginnings = (self._folded.get(folded[:n]) for n in range(LEAST_ALIKE, len(folded)))
+        return np.array([*self._by_spelling[first:last], *(i for i in beginnings if i is not None)], np.int64)
 
     def _draw(self, word: str, k: int) -> list[str]:
         if not self._background.words([word]).any():

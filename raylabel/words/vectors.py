@@ -59,7 +59,7 @@ def train_vectors(
 ) -> None:
     """Trains on `texts`, one document each, and writes the model to `path`; nothing is left behind on failure.
 
-    `epochs` None gives small texts more: 15 up to 2 MB, 10 at 3 MB, 5 from 6 MB on. One core, about
+    `epochs` None gives small texts more: 10 up to 2.4 MB, 5 from 4.8 MB on. One core, about
     0.4 s a MB and epoch. The file has (vocabulary x 2 + bucket) x dim x 4 bytes.
     """
     target = Path(path)
@@ -72,8 +72,8 @@ def train_vectors(
         if not size:
             raise BadInput("identify.vectors: no words in the explain documents to train on; give a fastText .bin file")
         settings: dict[str, Any] = {
-            "dim": dim, "bucket": bucket, "minn": 3, "maxn": 5, "ws": 2, "loss": "hs",
-            "epoch": epochs or min(max(round(30e6 / max(size, 1)), 5), 15),
+            "dim": dim, "bucket": bucket, "minn": 3, "maxn": 5, "ws": 3, "loss": "hs",
+            "epoch": epochs or min(max(round(24e6 / max(size, 1)), 5), 10),
             "minCount": 1 if size < SMALL else 2 if size < LARGE else 5,
             "t": 1e-2 if size < LARGE else 1e-4,
         }  # fmt: skip

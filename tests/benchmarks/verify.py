@@ -1,7 +1,9 @@
 """Re-measuring variants with their beginnings shared, beside one forward pass a variant batched the same.
 
 The variants are those that the project's own verify plans for the first units of a layer: real exemplars, its own
-substitutes and windows. The other side is `measure` on the same model with the sharing taken out.
+substitutes and windows. The other side is what verification does without any of this: the whole sample of each variant
+through all layers, without the LM head. A second row leaves the texts cut at their windows and stops at the layer on
+both sides, so that only the sharing differs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from raylabel.config import RunConfig
-from raylabel.stages.measure import measure
+from raylabel.stages.measure import CPU_TOKENS, GPU_TOKENS, measure
 from raylabel.stages.verify import Plan, plan_variants
 from raylabel.stages.verify_stage import RemeasureLink, SubstituteLink
 from raylabel.store.rundir import RunDir
@@ -44,10 +46,17 @@ def verify(settings: Settings) -> Iterator[Row]:
                 raise RuntimeError(f"{len(failures)} units failed: {failures[0][1]}")
             found[which] = rows["activation"].to_numpy()
 
+        rounds = 2 if settings.quick else 3
+        whole = _whole_samples(link, plan)
+
+        def full(_i: int, link: RemeasureLink = link, whole: list[list[int]] = whole, layer: int = layer) -> None:
+            _forward(link, whole, layer)
+
+        given = (settings.device,)
+        against_full = paired(lambda i, side=side, subject=shared: side("shared", subject), full, rounds, *given)
         pairs = paired(
             lambda i, side=side, subject=shared: side("shared", subject),
-            lambda i, side=side, subject=plain: side("plain", subject),
-            2 if settings.quick else 3, settings.device,
+            lambda i, side=side, subject=plain: side("plain", subject), rounds, *given,
         )  # fmt: skip
         large = _p99(link, layer)
         apart = float(np.nanmax(np.abs(found["shared"] - found["plain"]))) / large
@@ -56,7 +65,12 @@ def verify(settings: Settings) -> Iterator[Row]:
         words = models.words(name)
         yield Row(
             f"verify by suffix at {context} tokens: {words}", "a full forward per variant, batched the same",
-            **pairs.figures(), unit="×", goal=GOALS[context], how=f"{sizes}; {pairs.note}",
+            **against_full.figures(), unit="×", goal=GOALS[context],
+            how=f"{sizes}; whole samples have {sum(map(len, whole)) / len(whole):.0f}; {against_full.note}",
+        )  # fmt: skip
+        yield Row(
+            f"verify, sharing alone, at {context} tokens: {words}", "the same texts one by one, to the same layer",
+            **pairs.figures(), unit="×", how=f"{sizes}; {pairs.note}",
         )  # fmt: skip
         yield Row(
             f"verify by suffix at {context} tokens, largest |Δ|: {words}", "the same, by the layer's 99th percentile",
@@ -99,6 +113,41 @@ def _plan(run: RunDir, wanted: RunConfig, layer: int) -> Plan:
         window=wanted.identify.window, special_ids=link.facts["special_ids"], seed=wanted.run.seed,
         limit=link.facts["max_context"],
     )  # fmt: skip
+
+
+def _whole_samples(link: RemeasureLink, plan: Plan) -> list[list[int]]:
+    """Every text of a plan with the rest of its sample behind it."""
+    rows = plan["rows"].select(["kind", "sample", "text"]).to_pylist()
+    texts = plan["texts"]["ids"].to_pylist()
+    samples = link.samples(plan["rows"]["sample"])
+    ids = dict(zip(samples["sample"].to_pylist(), samples["token_ids"].to_pylist(), strict=True))
+    found: dict[int, list[int]] = {}
+    cut = 0
+    for row in rows:
+        # An original comes before its variants.
+        cut = len(texts[row["text"]]) if row["kind"] == "original" else cut
+        found.setdefault(row["text"], texts[row["text"]] + ids[row["sample"]][cut:])
+    limit = link.facts["max_context"]
+    return [found[i][:limit] for i in range(len(texts))]
+
+
+def _forward(link: RemeasureLink, texts: list[list[int]], layer: int) -> None:
+    """All of the texts through all layers, in batches of as many tokens as `measure` takes."""
+    subject = link.subject
+    tokens = CPU_TOKENS if subject.device.type == "cpu" else GPU_TOKENS
+    last = subject.n_layers - 1
+    kept: list[torch.Tensor] = []
+
+    def visit(at: int, acts: torch.Tensor, _resid: torch.Tensor) -> None:
+        if at == layer:
+            kept.append(acts.amax(dim=1).cpu())
+
+    order = sorted(texts, key=len)
+    step = max(tokens // len(order[-1]), 1)
+    for first in range(0, len(order), step):
+        part = order[first : first + step]
+        rows = [ids + [subject.pad_id] * (len(part[-1]) - len(ids)) for ids in part]
+        subject.run(torch.tensor(rows, device=subject.device), sorted({layer, last}), visit)
 
 
 def _without_sharing(subject: Any) -> Any:

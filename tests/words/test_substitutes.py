@@ -112,3 +112,14 @@ def test_rare_words_are_no_substitutes_but_have_some(substitutes: Substitutes, f
 def test_a_tiny_vocabulary() -> None:
     tiny = Substitutes(background(n=1, size=6), 0)
     assert tiny.neighbours(["dog"], 5) == [[]] and tiny.random(["dog"], 5) == [[]]
+
+
+def test_words_that_begin_alike_are_no_substitutes() -> None:
+    texts = ["learn learnt learner lea le lesson teach read reads reading ready bread", "you your yours yourself we us them"]
+    rows = [*samples(50), *(sample(" ".join(text.split() * 5)) for text in texts * 3)]
+    source = Substitutes(fit_background(rows, PlantedVectors(), 5, "sif", 0), 0)
+    for word, banned in (("learn", {"learnt", "learner", "lea"}), ("Read", {"ready"}), ("you", {"your", "yours", "yourself"})):
+        for found in (*source.neighbours([word], 30), *source.random([word], 30)):
+            assert found and not {w.casefold() for w in found} & banned
+    # Two letters begin too many words to tell anything.
+    assert "learn" in source.neighbours(["le"], 2000)[0]
