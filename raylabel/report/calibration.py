@@ -71,10 +71,11 @@ def sweep(run: RunDir) -> list[Setting]:
     # What was not flagged was not verified: nothing is known of it at a larger q.
     levels = [q for q in Q if fdr is None or q < fdr] + ([fdr] if fdr is not None else [])
     for q, rate, least in product(levels, DECOY_RATE, NORMALISED):
-        alike = np.where(kind == "meaning", numbers["q_value"] <= q, kind == "word")
+        # In the tables' own precision: what was decided with a threshold must not fall on its other side here.
+        alike = np.where(kind == "meaning", numbers["q_value"] <= np.float32(q), kind == "word")
         # Decoys have no decoy rate of their own: they are the measure.
-        rare = np.isnan(numbers["decoy_rate"]) | (numbers["decoy_rate"] <= rate)
-        passed = shown & alike & rare & (np.nan_to_num(numbers["normalised_activation"], nan=-np.inf) >= least)
+        rare = np.isnan(numbers["decoy_rate"]) | (numbers["decoy_rate"] <= np.float32(rate))
+        passed = shown & alike & rare & (np.nan_to_num(numbers["normalised_activation"], nan=-np.inf) >= np.float32(least))
         shares: dict[str, Share | None] = {}
         for name in ("planted", "null", "decoy"):
             mine = control == name
@@ -84,5 +85,5 @@ def sweep(run: RunDir) -> list[Setting]:
 
 
 def _floats(table: Any, name: str) -> np.ndarray:
-    found: np.ndarray = table.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+    found: np.ndarray = table.column(name).to_numpy(zero_copy_only=False).astype(np.float32)
     return found
