@@ -31,6 +31,7 @@ BENCHMARKS = {
     "verify": "verify:verify",
     "identify": "identify:identify",
     "neighbours": "neighbours:neighbours",
+    "controls": "controls:controls",
 }
 ONE_THREAD = ("ray",)
 """Those whose process has one thread, as a worker on Ray has."""
