@@ -120,7 +120,13 @@ def test_a_whole_run(folders: Callable[[str], Path], tmp_path: Path, monkeypatch
     run_pipeline(tiny_config(folder, text, tmp_path / "split", **sections))
     a, b = RunDir(str(tmp_path / "plain")), RunDir(str(tmp_path / "split"))
     for one, other in ((a, b), (a.controls, b.controls)):
-        assert one.table("exemplars").equals(other.table("exemplars")) and one.table("exemplars").num_rows
+        exemplars = [run.table("exemplars") for run in (one, other)]
+        assert exemplars[0].num_rows
+        if one.in_controls:
+            # Decoys are mixed by other operations there, and rounded otherwise.
+            same(*(table.drop_columns("activations") for table in exemplars))
+        else:
+            assert exemplars[0].equals(exemplars[1])
         assert one.table("variants").num_rows or one.in_controls
         for name in ("statistics", "variants", "verifications", "results"):
             same(one.table(name), other.table(name))
@@ -134,5 +140,5 @@ def same(a: Any, b: Any) -> None:
         x, y = (pc.fill_null(t.column(name), 0) if t.schema.field(name).type == "float" else t.column(name) for t in (a, b))
         if a.schema.field(name).type == "float":
             assert x.to_pylist() == pytest.approx(y.to_pylist(), rel=1e-3, abs=1e-4), name
-        elif name not in ("logits_up", "logits_down", "retention_by_offset"):
+        elif name not in ("logits_up", "logits_down", "retention_by_offset", "retention_random_by_offset"):
             assert x.equals(y), name
