@@ -38,15 +38,16 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     samples = -(-tokens // context)
     state = sum(scan_bytes(config, units, signs, batch, samples).values())
     leases = len(lease_keys(samples, lease_size(samples, batch, context, rate, state)))
-    decoys = config.controls.decoys * len(units)
+    wanted = config.controls
+    decoys, texts = wanted.decoys * len(units), (wanted.nulls + wanted.planted) * len(units)
     states, peak, groups = _memory(config, subject, units, signs, batch, -(-samples // leases))
     return {
         "model": found["name"], "site": found["site"], "layers": len(units), "units": n_units,
-        "units and polarities": n_units * len(signs), "decoys": decoys, "tokens": tokens,
+        "units and polarities": n_units * len(signs), "decoys": decoys, "nulls and planted": texts, "tokens": tokens,
         "tokens are": "counted" if exact else "estimated", "samples": samples, "batch": batch, "device": found["device"],
         "leases": leases, "state bytes": states, "peak bytes": peak, "layer groups": groups,
         "tokens a second": round(rate), "forward seconds": round(tokens / rate * groups, 1),
-        "variants at most": (n_units * len(signs) + decoys) * config.verify.max_variants,
+        "variants at most": (n_units * len(signs) + decoys + texts) * config.verify.max_variants,
         "LLM calls": 0, "LLM cost": 0.0,
     }  # fmt: skip
 

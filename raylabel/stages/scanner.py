@@ -64,7 +64,10 @@ class LayerSetup:
 
 @dataclass(frozen=True)
 class Given:
-    """What text controls see of a batch: ids [B, T] and lengths [B] as arrays, the words read, the positions that count."""
+    """What text controls see of a batch: ids [B, T] and lengths [B] as arrays, the words read, the positions that count.
+
+    Without text controls there is nothing but the positions: a copy from the device would wait for it.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -92,9 +95,10 @@ class LayerState:
             self.decoys.add(lambda rows: controlled(decoys, acts[rows]), mask, batch)
         if self.texts is not None:
             # A sink is known by the residual stream, which a function of text has none of.
-            self.tokens_of_texts += given.mask.sum()
+            mask = given.mask.cpu()
+            self.tokens_of_texts += mask.sum()
             values = torch.from_numpy(self.setup.texts.batch(given.ids, given.lengths, given.reads))  # type: ignore[union-attr]
-            self.texts.add(lambda rows: values[rows], given.mask, batch)
+            self.texts.add(lambda rows: values[rows], mask, batch)
 
 
 def controlled(decoys: Decoys, acts: Tensor) -> Tensor:
@@ -142,17 +146,17 @@ class Scanner:
 
     def texts(self, layer: int) -> TextUnits | None:
         """The text controls of a layer, None where there are none."""
-        if not self.config.controls.nulls + self.config.controls.planted:
+        if not self.text_controls:
             return None
         return text_units(self.plants[layer], self.pilot, self.seed, layer)
 
     def given(self, ids: Tensor, lengths: Tensor, mask: Tensor) -> Given:
         """What text controls see of a batch."""
+        if not self.text_controls:
+            return Given(np.zeros((0, 0), np.int64), np.zeros(0, np.int64), [], mask)
         rows, sizes = ids.cpu().numpy(), lengths.cpu().numpy()
-        if not self.config.controls.nulls + self.config.controls.planted:
-            return Given(rows, sizes, [], mask)
         reads = [self.reader(row[:n].tolist()) for row, n in zip(rows, sizes.tolist(), strict=True)]
-        return Given(rows, sizes, reads, mask.cpu())
+        return Given(rows, sizes, reads, mask)
 
     def open(self) -> None:
         """Makes the layers' setups, each on its layer's device."""
