@@ -82,6 +82,23 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         *((f"drop_{where}{end}", pa.float32()) for where in ("mat", "context") for end in ("", "_low", "_high")),
         ("drop_context_offset", pa.int8()),
     ],
+    "concepts": [
+        *_unit, ("words", _strings), ("weights", _floats), ("label", pa.string()), ("cross_entropy", pa.float32()),
+        ("entropy", pa.float32()), ("kl", pa.float32()), ("auroc", pa.float32()), ("auroc_low", pa.float32()),
+        ("auroc_high", pa.float32()), ("auroc_unseen", pa.float32()), ("p_value", pa.float32()),
+        ("q_value", pa.float32()), ("claimed", pa.bool_()), ("proposer", pa.string()), ("evaluations", pa.int32()),
+    ],
+    "labels": [
+        *_unit, ("label", pa.string()), ("description", pa.string()),
+        ("meanings", pa.list_(pa.struct([("label", pa.string()), ("share", pa.float32())]))),
+        ("explainer", pa.string()), ("prompt_hash", pa.string()), ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+    ],
+    "scores": [
+        *_unit, ("label_source", pa.string()), ("scorer", pa.string()), ("value", pa.float32()),
+        ("shuffled", pa.float32()), ("corrected", pa.float32()), ("low", pa.float32()), ("high", pa.float32()),
+        ("lookup", pa.float32()), ("n", pa.int32()), ("n_failed", pa.int32()),
+    ],
     "results": [
         *_unit, ("label", pa.string()), ("description", pa.string()), ("concept_words", _strings),
         ("agreement", pa.float32()), ("score", pa.float32()), ("average_activation", pa.float32()),
@@ -92,6 +109,8 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         ("phrases", _strings), ("max", pa.float32()), ("site", pa.string()),
         # where the label comes from; MAT words until a labeller has run
         ("label_source", pa.string()),
+        # whether the concept is borne out on the score split
+        ("claimed", pa.bool_()),
     ],
     "calibration": [
         ("control", pa.string()), ("difficulty", pa.string()), ("layer", pa.int32()), ("n", pa.int64()),
@@ -106,7 +125,9 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
 }
 
 TABLES = tuple(_TABLES)
-PER_UNIT = ("exemplars", "statistics", "candidates", "variants", "verifications", "results")
+PER_UNIT = (
+    "exemplars", "statistics", "candidates", "variants", "verifications", "concepts", "labels", "scores", "results",
+)  # fmt: skip
 SPLITS = ("explain", "score")
 
 

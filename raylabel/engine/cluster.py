@@ -32,10 +32,10 @@ from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from raylabel.config import SubjectConfig
 from raylabel.engine.execute import Fatal, UnitFailed, divided, execute, opened, reason
 from raylabel.errors import BadInput
 from raylabel.models.loading import gpus_needed
+from raylabel.sections import SubjectConfig
 from raylabel.stages.base import Chain, Key, Step
 from raylabel.store.files import Files
 from raylabel.store.plan import Unit

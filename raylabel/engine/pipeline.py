@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylabel.config import RunConfig, SubjectConfig
+from raylabel.config import RunConfig
 from raylabel.engine.execute import UnitFailed, reason
 from raylabel.engine.inline import InlinePool
 from raylabel.errors import BadInput, RunFailed
+from raylabel.sections import SubjectConfig
 from raylabel.stages import PIPELINE, prepare
 from raylabel.stages.base import Stage, settings
 from raylabel.stages.failures import write_failures
@@ -108,7 +109,7 @@ def chosen(config: RunConfig) -> list[Stage]:
 
 def check_needs(stage: Stage, wanted: list[Stage], run: RunDir, config: RunConfig) -> None:
     """BadInput if a stage that this one needs and that is not run again was done with other settings."""
-    for name in dict.fromkeys(needed.partition(".")[0] for needed in stage.needs):
+    for name in dict.fromkeys(needed.partition(".")[0] for needed in inputs_of(stage)):
         producer = next(s for s in PIPELINE if s.name == name)
         before = run.plan(name)
         if producer in wanted or before is None:
@@ -126,12 +127,20 @@ def check_needs(stage: Stage, wanted: list[Stage], run: RunDir, config: RunConfi
             )
 
 
+def inputs_of(stage: Stage) -> list[str]:
+    """What a stage reads of the stages there are."""
+    known = {s.name for s in PIPELINE}
+    return [*stage.needs, *(name for name in stage.uses if name in known)]
+
+
 def plan_stage(stage: Stage, run: RunDir, config: RunConfig) -> tuple[Plan, Any]:
     """The plan of a stage whose inputs are complete, and its steps."""
     inputs = []
-    for needed in stage.needs:
+    for needed in inputs_of(stage):
         name, _, step = needed.partition(".")
         plan = run.plan(name)
+        if plan is None and needed in stage.uses:
+            continue
         producer = next(s for s in PIPELINE if s.name == name)
         if plan is None or not all(run.complete(table) for table in producer.tables):
             raise BadInput(f"run.stages: {stage.name} needs {name}, which is not complete in {run.files.url}")

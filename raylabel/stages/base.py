@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from raylabel.config import ControlsConfig, RunConfig
+from raylabel.config import RunConfig
+from raylabel.sections import ControlsConfig
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Output
@@ -87,6 +88,8 @@ class Stage:
     steps: Callable[[RunDir, RunConfig], list[Step]]
     facts: tuple[str, ...] = ()
     """Keys of run.json's resolved values that decide its rows."""
+    uses: tuple[str, ...] = ()
+    """Stages whose tables it reads where the run has them, and does without where it has not."""
     aside: tuple[str, ...] = ()
     """Steps that only those stages depend on that need them by name (`stage.step`)."""
 

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylabel.config import VerifyConfig
+from raylabel.sections import VerifyConfig
 from raylabel.stages.intervals import NOWHERE, Interval, bootstrap, draw_seed
 from raylabel.stages.measure import COARSE, EXACT, LEAST_REPRODUCED, reproduced, unit_of
 from raylabel.stages.verify import KINDS, MOST_WORDS_BACK, NEIGHBOUR, Unit, unit_numbers

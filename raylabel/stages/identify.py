@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylabel.config import IdentifyConfig
+from raylabel.sections import IdentifyConfig
 from raylabel.tables import conform
 from raylabel.words.background import Background
 from raylabel.words.families import families

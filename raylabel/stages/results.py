@@ -1,6 +1,7 @@
 """results: one row per unit and polarity, whatever became of it, and `calibration`: how the controls fared.
 
-Until a labeller has run, the label is made of the MAT words and `label_source` says so.
+What the run has of concepts, labels and scores comes in; without a labeller the label is made of the MAT words, and
+`label_source` says so.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from raylabel.tables import from_rows
 LABEL_WORDS = 4
 SOURCE = "MAT words"
 CONFIDENCE = 0.95
+AGREEMENT = "agreement"
+"""The scorer whose rows hold how far a label and the concept found without it agree."""
+OPTIONAL = ("concepts", "labels", "scores")
 _FROM_CANDIDATES = (
     "family_similarity", "phrase_similarity", "q_value", "decoy_rate", "kind", "flagged", "status", "mats", "phrases",
 )  # fmt: skip
@@ -63,19 +67,24 @@ def interval(k: int, n: int) -> tuple[float | None, float | None, float | None]:
 
 
 def join(
-    neurons: list[int], signs: tuple[int, ...], candidates: list[Row], verifications: list[Row], statistics: list[Row],
-    failed: dict[tuple[int, int | None], str], site: str,
+    neurons: list[int], signs: tuple[int, ...], tables: dict[str, list[Row]], failed: dict[tuple[int, int | None], str],
+    site: str,
 ) -> list[Row]:  # fmt: skip
     """Rows of `results` for all wanted neurons of a layer, from the rows of the other tables.
 
     Args:
+        tables: rows of `candidates`, `verifications`, `statistics` and, where the run has them, of `OPTIONAL`.
         failed: (neuron, polarity) -> reason, for what is in `failures`; polarity None stands for both.
     """
-    found = [{(r["neuron"], r["polarity"]): r for r in rows} for rows in (candidates, verifications, statistics)]
+    names = ("candidates", "verifications", "statistics", "concepts", "labels")
+    found = [{(r["neuron"], r["polarity"]): r for r in tables.get(name, [])} for name in names]
+    scores: dict[tuple[int, int], list[Row]] = {}
+    for one in tables.get("scores", []):
+        scores.setdefault((one["neuron"], one["polarity"]), []).append(one)
     rows = []
     for neuron in neurons:
         for sign in signs:
-            candidate, verification, numbers = (table.get((neuron, sign)) for table in found)
+            candidate, verification, numbers, concept, given = (table.get((neuron, sign)) for table in found)
             row: Row = {"neuron": neuron, "polarity": sign, "site": site, "flagged": False, "verified": False}
             why = failed.get((neuron, None)) or failed.get((neuron, sign))
             row["status"] = "too_few"
@@ -86,12 +95,25 @@ def join(
                     row |= {"label": text, "description": description, "label_source": SOURCE}
             if verification is not None:
                 row |= {name: verification[name] for name in _FROM_VERIFICATIONS}
+            if concept is not None:
+                row |= {"concept_words": concept["words"], "claimed": concept["claimed"]}
+            if given is not None:
+                row |= {"label": given["label"], "description": given["description"], "label_source": given["explainer"]}
+            row |= scored(scores.get((neuron, sign), []), row.get("label_source"))
             if numbers is not None:
                 row["max"] = numbers["max"]
             if why is not None:
                 row |= {"status": "failed", "flagged": False, "verified": False, "description": why}
             rows.append(row)
     return rows
+
+
+def scored(scores: list[Row], source: str | None) -> Row:
+    """`score`, the mean of the corrected values of a unit's label over scorers, and `agreement`; null where there is none."""
+    own = [s["corrected"] for s in scores if s["label_source"] == source and s["scorer"] != AGREEMENT]
+    own = [value for value in own if value is not None]
+    agreement = [s["corrected"] for s in scores if s["label_source"] == source and s["scorer"] == AGREEMENT]
+    return {"score": sum(own) / len(own) if own else None, "agreement": agreement[0] if agreement else None}
 
 
 class ResultsWorker:
@@ -114,24 +136,25 @@ class ResultsWorker:
             for kind in (None, *kinds)
         }
         signs = polarities(self.config, self.facts)
-        rows = join(neurons, signs, *self._tables(self.run, layer, None), failed[None], site)
+        rows = join(neurons, signs, self._tables(self.run, layer, None), failed[None], site)
         shards = [Shard("results", from_rows(rows, "results"), layer)]
         rows = []
         for kind, n in kinds.items():
-            found = join(list(range(n)), (1,), *self._tables(self.run.controls, layer, kind), failed[kind], site) if n else []
+            found = join(list(range(n)), (1,), self._tables(self.run.controls, layer, kind), failed[kind], site) if n else []
             rows += [{**row, "control": kind} for row in found]
         if rows:
             rows.sort(key=lambda row: row["neuron"])
             shards.append(Shard("results", from_rows(rows, "results", controls=True), layer, controls=True))
         return Output(shards)
 
-    def _tables(self, run: RunDir, layer: int, kind: str | None) -> tuple[list[Row], list[Row], list[Row]]:
+    def _tables(self, run: RunDir, layer: int, kind: str | None) -> dict[str, list[Row]]:
         """Rows of a layer's tables, of one kind of control or of the model's own units."""
         condition = None if kind is None else pc.field("control") == kind
-        names = ["neuron", "polarity", "max"]
-        candidates, verifications = (run.table(name, layer, filter=condition) for name in ("candidates", "verifications"))
-        statistics = run.table("statistics", layer, filter=condition, columns=names)
-        return candidates.to_pylist(), verifications.to_pylist(), statistics.to_pylist()
+        names = ["candidates", "verifications", *(name for name in OPTIONAL if self.run.complete(name))]
+        tables = {name: run.table(name, layer, filter=condition).to_pylist() for name in names}
+        columns = ["neuron", "polarity", "max"]
+        tables["statistics"] = run.table("statistics", layer, filter=condition, columns=columns).to_pylist()
+        return tables
 
 
 class CalibrationWorker:
@@ -187,6 +210,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 RESULTS = Stage(
-    name="results", version=2, needs=("scan", "identify", "verify"), tables=("results", "calibration"), steps=_steps,
-    facts=("units",), reads=("subject.polarity", "run.format"),
+    name="results", version=3, needs=("scan", "identify", "verify"), tables=("results", "calibration"), steps=_steps,
+    uses=("optimize", "describe", "score"), facts=("units",), reads=("subject.polarity", "run.format"),
 )  # fmt: skip

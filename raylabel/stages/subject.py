@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from raylabel.config import RunConfig, SubjectConfig
+from raylabel.config import RunConfig
 from raylabel.errors import BadInput
+from raylabel.sections import SubjectConfig
 from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylabel.config import VerifyConfig
+from raylabel.sections import VerifyConfig
 from raylabel.stages.arrays import lists
 from raylabel.stages.hashing import hashed
 from raylabel.words import segment

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import ray
 
-from raylabel.config import SubjectConfig
 from raylabel.engine import cluster
 from raylabel.engine.cluster import RayPool
 from raylabel.errors import BadInput
+from raylabel.sections import SubjectConfig
 from raylabel.stages.base import Chain, Step
 from raylabel.store.plan import Plan, Unit, make_plan
 from raylabel.store.rundir import RunDir

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from raylabel.config import VerifyConfig
+from raylabel.sections import VerifyConfig
 from raylabel.stages import causal
 from raylabel.stages.measure import measure
 from raylabel.stages.tokenize import cut, number

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from torch import Tensor
 
-from raylabel.config import VerifyConfig
+from raylabel.sections import VerifyConfig
 from raylabel.stages import causal
 from raylabel.stages.measure import measure
 from raylabel.tables import conform, schema

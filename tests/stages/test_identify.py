@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from raylabel.config import IdentifyConfig, build_config
+from raylabel.config import build_config
+from raylabel.sections import IdentifyConfig
 from raylabel.stages.identify import close, measure, q_values
 from raylabel.tables import from_rows, schema
 from raylabel.words.background import Background, fit_background

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from raylabel.config import VerifyConfig
 from raylabel.models.controls import fit_decoys
 from raylabel.models.subject import Subject, load_subject
+from raylabel.sections import VerifyConfig
 from raylabel.stages import causal
 from raylabel.stages.measure import diagnose, measure, reproduced, unreproduced
 from raylabel.stages.tokenize import cut, number

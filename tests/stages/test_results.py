@@ -36,11 +36,17 @@ def statistic(neuron: int, polarity: int = 1) -> dict[str, Any]:
     return {"neuron": neuron, "polarity": polarity, "max": 3.5}
 
 
+def found(
+    candidates: list[dict[str, Any]], verifications: list[dict[str, Any]], statistics: list[dict[str, Any]], **more: Any
+) -> dict[str, list[dict[str, Any]]]:
+    return {"candidates": candidates, "verifications": verifications, "statistics": statistics, **more}
+
+
 # rows
 
 
 def test_a_row_for_every_unit_and_polarity_in_order() -> None:
-    rows = join([3, 7, 9], (1, -1), [candidate(7, -1)], [], [statistic(3)], {}, "site")
+    rows = join([3, 7, 9], (1, -1), found([candidate(7, -1)], [], [statistic(3)]), {}, "site")
     assert [(r["neuron"], r["polarity"]) for r in rows] == [(3, 1), (3, -1), (7, 1), (7, -1), (9, 1), (9, -1)]
     assert [r["status"] for r in rows] == ["too_few", "too_few", "too_few", "ok", "too_few", "too_few"]
     assert [r.get("max") for r in rows] == [3.5, None, None, None, None, None]
@@ -50,7 +56,7 @@ def test_a_row_for_every_unit_and_polarity_in_order() -> None:
 
 
 def test_a_row_carries_what_each_stage_found() -> None:
-    [row] = join([1], (1,), [candidate(1)], [verification(1)], [statistic(1)], {}, "site")
+    [row] = join([1], (1,), found([candidate(1)], [verification(1)], [statistic(1)]), {}, "site")
     [made] = from_rows([row], "results").to_pylist()
     assert (made["kind"], made["evidence"], made["verified"], made["status"]) == ("meaning", "concept", True, "ok")
     assert (made["average_activation"], made["normalised_activation"], made["max"]) == (2.0, 0.5, 3.5)
@@ -59,15 +65,29 @@ def test_a_row_carries_what_each_stage_found() -> None:
 
 
 def test_what_was_not_flagged_is_not_verified() -> None:
-    [row] = join([1], (1,), [candidate(1, flagged=False, kind=None)], [], [statistic(1)], {}, "site")
+    [row] = join([1], (1,), found([candidate(1, flagged=False, kind=None)], [], [statistic(1)]), {}, "site")
     assert (row["status"], row["flagged"], row["verified"], row.get("evidence")) == ("ok", False, False, None)
 
 
+def test_concepts_labels_and_scores_come_in_where_the_run_has_them() -> None:
+    concept = {"neuron": 1, "polarity": 1, "words": ["ox", "cow"], "claimed": True}
+    given = {"neuron": 1, "polarity": 1, "label": "cattle", "description": "farm animals", "explainer": "llm"}
+    score = {"neuron": 1, "polarity": 1, "label_source": "llm", "scorer": "judge", "corrected": 0.5}
+    scores = [
+        score, {**score, "scorer": "detection", "corrected": 0.7}, {**score, "label_source": "concept", "corrected": -1.0},
+        {**score, "scorer": "agreement", "corrected": 0.25}, {**score, "scorer": "fuzzing", "corrected": None},
+    ]  # fmt: skip
+    tables = found([candidate(1)], [], [], concepts=[concept], labels=[given], scores=scores)
+    [row] = from_rows(join([1], (1,), tables, {}, "site"), "results").to_pylist()
+    assert (row["label"], row["label_source"], row["concept_words"], row["claimed"]) == ("cattle", "llm", ["ox", "cow"], True)
+    assert (row["score"], row["agreement"]) == (pytest.approx(0.6), pytest.approx(0.25))
+
+
 def test_a_unit_that_failed_says_why_and_is_neither_flagged_nor_verified() -> None:
-    given = [candidate(1), candidate(1, -1)], [verification(1), verification(1, -1)], [statistic(1)]
-    both = join([1], (1, -1), *given, {(1, None): "NaN"}, "site")
+    given = found([candidate(1), candidate(1, -1)], [verification(1), verification(1, -1)], [statistic(1)])
+    both = join([1], (1, -1), given, {(1, None): "NaN"}, "site")
     assert [(r["status"], r["flagged"], r["verified"], r["description"]) for r in both] == [("failed", False, False, "NaN")] * 2
-    one = join([1], (1, -1), *given, {(1, -1): "not reproduced"}, "site")
+    one = join([1], (1, -1), given, {(1, -1): "not reproduced"}, "site")
     assert [r["status"] for r in one] == ["ok", "failed"]
     assert one[1]["description"] == "not reproduced"
 
@@ -81,10 +101,10 @@ def test_a_label_names_its_words_and_its_source() -> None:
     assert description.startswith("from the MAT words, no labeller has run: words that mean alike")
     assert "one word or its forms" in label(["ox"], [0], "word")[1]
     assert "without a shared sense" in label(["ox"], [0], None)[1]
-    [row] = join([1], (1,), [candidate(1)], [], [], {}, "site")
+    [row] = join([1], (1,), found([candidate(1)], [], []), {}, "site")
     assert row["label_source"] == "MAT words"
     assert row["label"] == "ox, cow"
-    [row] = join([1], (1,), [candidate(1, mat_words=[], families=[])], [], [], {}, "site")
+    [row] = join([1], (1,), found([candidate(1, mat_words=[], families=[])], [], []), {}, "site")
     assert row.get("label") is None
     assert row.get("label_source") is None
 

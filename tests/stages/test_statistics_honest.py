@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from raylabel.config import IdentifyConfig
+from raylabel.sections import IdentifyConfig
 from raylabel.stages.identify import close, measure
 from raylabel.stages.intervals import bootstrap, stretch
 from raylabel.tables import from_rows

@@ -14,9 +14,9 @@ import pytest
 from scipy.stats import kstest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from raylabel.config import ControlsConfig
 from raylabel.engine.pipeline import run_pipeline
 from raylabel.errors import BadInput
+from raylabel.sections import ControlsConfig
 from raylabel.stages import scan
 from raylabel.stages.base import blame_neurons, with_controls
 from raylabel.stages.planting import DIFFICULTIES, FEW, count_words, distributions, from_json, nulls, plant, strong_units, to_json

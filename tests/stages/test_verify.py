@@ -5,7 +5,7 @@ import pyarrow.compute as pc
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from raylabel.config import VerifyConfig
+from raylabel.sections import VerifyConfig
 from raylabel.stages import causal
 from raylabel.stages.measure import measure
 from raylabel.stages.tokenize import cut, number

@@ -1,0 +1,223 @@
+"""The sections of the configuration: the only place where a setting has a name, a default and a sentence about it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+Site = Literal["mlp_post", "mlp_mid", "resid_pre", "resid_mid", "resid_post", "attn_out"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class SubjectConfig(Section):
+    model: str
+    """Hub name, folder, TransformerLens name, or `demo`."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    units: Literal["all"] | list[tuple[NonNegative, NonNegative]] | str = "all"
+    """`all`, a list of [layer, neuron], or a JSON file that holds such a list."""
+    layers: Literal["all"] | list[NonNegative] = "all"
+    """`all` or the layers wanted."""
+    neurons: Literal["all"] | tuple[NonNegative, NonNegative] = "all"
+    """`all` or [first, last) in every layer."""
+    site: Site = "mlp_post"
+    """Hook point the activations are read at."""
+    latents: str | None = None
+    """Folder or release of SAEs or transcoders: their latents are the units, and they name the layers and the site."""
+    context: Annotated[int, Field(ge=2)] = 128
+    """Tokens a sample, BOS included."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether samples begin with BOS; auto does as the model's tokenizer does."""
+    polarity: Literal["auto", "both", "positive", "quadrants"] = "auto"
+    """auto: both ends of units at signed sites and of gated MLPs, else the high end; quadrants: gate > 0 (±1) or not (±2)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward pass; auto is float32 on CPU, the checkpoint's own on a GPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch: Auto | Positive = "auto"
+    """Samples a forward pass, rounded down to a power of two."""
+    gpus_per_worker: Auto | Annotated[float, Field(gt=0, le=1)] | Positive = "auto"
+    """GPUs a worker holds: a share such as 0.5 puts two on one, a model is spread over more; auto is 1 where it fits."""
+    trust_remote_code: bool = False
+    """Run code that a model repository brings along."""
+
+
+class CorpusConfig(Section):
+    path: str | None = None
+    """A .txt .jsonl .json .parquet file, a folder of them, a `datasets` folder or hub name, or `stdlib`."""
+    tokens: Positive = 10_000_000
+    """Tokens read at most."""
+    column: str = "text"
+    """Column or key that holds the text."""
+
+
+class NeuroscopeConfig(Section):
+    model: str | None = None
+    """Neuroscope's name of the model."""
+    url: str = "https://neuroscope.io"
+    """Where the pages are."""
+    requests_per_second: Annotated[float, Field(gt=0)] = 5
+    """Rate limit of the whole cluster."""
+
+
+class NeuronpediaConfig(Section):
+    model: str | None = None
+    """Neuronpedia's name of the model."""
+    sources: list[str] = []
+    """Source ids, e.g. 6-res-jb."""
+    url: str = "https://www.neuronpedia.org"
+    """API or bulk export."""
+
+
+class RecordedConfig(Section):
+    path: str | None = None
+    """File or folder of recorded activations."""
+    format: str = "auto"
+    """Format of the files."""
+
+
+class ExemplarsConfig(Section):
+    source: Literal["corpus", "neuroscope", "neuronpedia", "recorded"] = "corpus"
+    """Where exemplars come from."""
+    top: Positive = 20
+    """Top exemplars a unit in the explain split; half as many in the score split."""
+    quantile: NonNegative = 10
+    """Exemplars a unit and split spread over the quantiles of the samples it fires in."""
+    random: NonNegative = 10
+    """Samples a split drawn at random, the same for all units."""
+    before: NonNegative = 50
+    """Tokens kept before the MAT."""
+    after: NonNegative = 10
+    """Tokens kept after the MAT."""
+    sink_factor: Annotated[float, Field(gt=1)] = 10
+    """Positions whose residual norm exceeds this many medians are attention sinks and do not count."""
+    corpus: CorpusConfig = CorpusConfig()
+    """Text to scan."""
+    neuroscope: NeuroscopeConfig = NeuroscopeConfig()
+    """Pages to fetch."""
+    neuronpedia: NeuronpediaConfig = NeuronpediaConfig()
+    """Features to fetch."""
+    recorded: RecordedConfig = RecordedConfig()
+    """Files to read."""
+
+
+class IdentifyConfig(Section):
+    window: Positive = 5
+    """Tokens of the phrase on each side of the MAT."""
+    vectors: str = "train"
+    """`train` on the explain documents, or a fastText .bin file."""
+    weighting: Literal["sif", "mean"] = "sif"
+    """Phrase vectors: SIF-weighted with the first component removed, or the plain mean as originally."""
+    criterion: Literal["word", "meaning", "either"] = "either"
+    """Which kinds of unit are flagged."""
+    similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Least phrase similarity of a flagged unit."""
+    fdr: Annotated[float, Field(gt=0, lt=1)] | None = 0.05
+    """False discovery rate of `meaning`; null asks for no significance."""
+
+
+class VerifyConfig(Section):
+    synonyms: Positive = 5
+    """Nearest neighbours a word, and as many matched random words."""
+    max_variants: Positive = 600
+    """Variants a unit at most."""
+    normalised: Share = 0.25
+    """Least normalised activation of a verified unit."""
+    normaliser: Literal["p99", "max"] = "p99"
+    """Divide by the 99th percentile of the layer's top means, or by the layer's largest as originally."""
+
+
+class OptimizeConfig(Section):
+    units: Literal["verified", "flagged", "all"] = "verified"
+    """Units to search concepts for."""
+    judge: str = "demo"
+    """The judge: hub name, folder or `demo`."""
+    template: str | None = None
+    """The judge's question."""
+    method: Literal["hybrid", "descent"] = "hybrid"
+    """Search method."""
+    positive: Share = 0.5
+    """Tokens above this share of the maximum are examples of yes."""
+    negative: Share = 0.05
+    """Tokens below this share of the maximum are examples of no."""
+    examples: Positive = 64
+    """Examples a unit."""
+    evaluations: Positive = 100
+    """Candidates evaluated a unit at most."""
+    c_entropy: float = 0.2
+    """Weight of the entropy."""
+    c_kl: float = 0.1
+    """Weight of the divergence from the judge's own next word."""
+
+
+class DescribeConfig(Section):
+    explainer: str = "built-in"
+    """`built-in`, or an explainer model's name for the table."""
+    prompt: Literal["phrases", "mats"] = "phrases"
+    """What the explainer sees."""
+    exemplars: Positive = 10
+    """Exemplars shown."""
+    model: str | None = None
+    """Model name at the server."""
+    base_url: str | None = None
+    """OpenAI-compatible server."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    budget_usd: float | None = None
+    """Money to spend at most."""
+    budget_tokens: int | None = None
+    """Tokens to spend at most."""
+
+
+class ScoreConfig(Section):
+    scorers: list[Literal["detection", "fuzzing", "simulation", "embedding", "judge"]] = ["judge"]
+    """Tests of the labels."""
+    window: Positive = 32
+    """Tokens of a scored window."""
+    negatives: Positive = 20
+    """Silent windows a unit."""
+    packing: Literal["packed", "peer"] = "packed"
+    """All windows in a request, or one each."""
+
+
+class ControlsConfig(Section):
+    decoys: NonNegative = 256
+    """Random directions a layer."""
+    nulls: NonNegative = 0
+    """Meaningless functions of text a layer."""
+    planted: NonNegative = 0
+    """Units of known meaning a layer."""
+    lists: str = "built-in"
+    """Word lists of planted units: a JSON file {name: [words]}."""
+
+
+def _stages(value: Any) -> Any:
+    if isinstance(value, str) and value != "all":
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
+
+
+class OutputConfig(Section):
+    out: str = "runs/default"
+    """The run directory: a path or an fsspec URL."""
+    stages: Annotated[Literal["all"] | list[str], BeforeValidator(_stages)] = "all"
+    """Stages to run."""
+    format: Literal["parquet", "arrow"] = "parquet"
+    """File format of the tables."""
+    seed: NonNegative = 0
+    """Seed of everything drawn at random."""
+    max_failures: Share = 0.01
+    """Share of a stage's neurons that may fail before the run stops."""
+    address: str = "local"
+    """inline, local, auto or HOST:PORT of a Ray cluster."""
+    workers: Auto | Positive = "auto"
+    """Workers of a stage; auto is one a GPU, or one a CPU core."""
