@@ -29,7 +29,7 @@ from raylabel.sections import (
 
 ORIGINAL: dict[str, dict[str, Any]] = {
     "identify": {"weighting": "mean", "similarity": 0.6, "fdr": None, "criterion": "either"},
-    "verify": {"synonyms": 5, "normalised": 0.5, "normaliser": "max"},
+    "verify": {"synonyms": 5, "nearness": "vectors", "normalised": 0.5, "normaliser": "max"},
     "optimize": {"method": "descent"},
     "describe": {"prompt": "mats"},
 }

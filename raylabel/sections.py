@@ -128,6 +128,8 @@ class IdentifyConfig(Section):
 class VerifyConfig(Section):
     synonyms: Positive = 5
     """Nearest neighbours a word, and as many matched random words."""
+    nearness: Literal["both", "vectors"] = "both"
+    """What makes a neighbour: word vectors and the words that stand beside, or word vectors alone as originally."""
     max_variants: Positive = 600
     """Variants a unit at most."""
     normalised: Share = 0.25

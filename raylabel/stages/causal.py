@@ -8,10 +8,11 @@ the phrases in random exemplars):
     retention   = Σ(a_v − b) / Σ(a_o − b)            over the variants of exemplars that stand out from b
     drop        = 1 − retention
     specificity = retention of neighbours − retention of random words, at the MAT word, over substitutes
-                  that do not hold the MAT's own token
+                  that do not hold the MAT's own token, `verify.WIDER` times as many as all else rests on
 
-`evidence` is `concept` where specificity is certain and not small; else `token` where the MAT word matters, whichever
-kind of word replaces it, and no word before it does; else `context` where a word before it does; else `none`.
+`evidence` is `concept` where specificity is certain, not small and not one word's alone; else `token` where the MAT
+word matters, whichever kind of word replaces it, and no word before it does; else `context` where a word before it does;
+else `none`.
 
 A variant that was not measured, or whose exemplar is not reproduced, is in no sum and no count: it is not a zero.
 Intervals come from a bootstrap over documents (`intervals`), since exemplars of one document are not independent.
@@ -31,6 +32,7 @@ from raylabel.stages.intervals import NOWHERE, Interval, bootstrap, draw_seed
 from raylabel.stages.measure import COARSE, EXACT, LEAST_REPRODUCED, reproduced, unit_of
 from raylabel.stages.verify import KINDS, MOST_WORDS_BACK, NEIGHBOUR, Unit, unit_numbers
 from raylabel.tables import conform, from_rows, schema
+from raylabel.words.families import stem
 
 STANDS_OUT = 0.05
 """An exemplar counts if a_o − b is this share of max − b, and a unit if max − b is this share of max: below, retention
@@ -40,9 +42,10 @@ LEAST_EXEMPLARS = 5
 MATTERS = 0.25
 """A word matters if replacing it costs a quarter of what the exemplar has above the background: between what the words
 before it cost the median unit of a small trained model (0.13 on the mean over offsets) and what the MAT word does (0.77)."""
-SPECIFIC = 0.05
-"""Neighbours must retain this much more than random words: a unit with one MAT word has the same few neighbours in every
-exemplar, and what they share by accident looks certain to a bootstrap over documents."""
+SPECIFIC = 0.03
+"""Neighbours must retain this much more than random words, and more all the same without any one stem of the MAT words: a
+unit with one MAT word has the same few neighbours in every exemplar, and what they share by accident looks certain to a
+bootstrap over documents."""
 MOST_PROMOTED = 10
 PERCENTILE = 99
 
@@ -96,9 +99,11 @@ def summarise(
         unit=unit[kept],
         exemplar=exemplar[kept],
         document=_number(unit[kept], rows["document"].to_numpy()[kept]),
+        stem=_number(unit[kept], _stems(rows["word"].take(pa.array(kept)))),
         neighbour=kind == KINDS.index(NEIGHBOUR),
         offset=pc.fill_null(rows["offset"], 0).to_numpy()[kept].astype(np.int64),
         keeps=rows["keeps_token"].to_numpy(zero_copy_only=False)[kept].astype(bool),
+        extra=rows["extra"].to_numpy(zero_copy_only=False)[kept].astype(bool),
         gain=measured[kept] - background[unit[kept]],
         base=before[kept] - background[unit[kept]],
     )
@@ -107,9 +112,9 @@ def summarise(
     counted = (variants.base > 0) & (variants.base >= STANDS_OUT * reach[variants.unit])
     numbers = _Numbers(variants, counted, n)
     promoted = _promoted(rows["substitute"], kept, unit, measured, before + noise[unit], n)
-    near = variants.neighbour
+    near = variants.neighbour & ~variants.extra
     average = _mean(measured[kept][near], variants.unit[near], n)
-    count = np.bincount(variants.unit, minlength=n)
+    count = np.bincount(variants.unit[~variants.extra], minlength=n)
 
     lines: list[dict[str, Any]] = []
     for u, key in enumerate(units):
@@ -125,7 +130,8 @@ def summarise(
             if notes and key in notes:
                 line["note"] += f": {notes[key]}"
         lines.append(line)
-    table = rows.take(pa.array(kept)).append_column("activation_original", pa.array(before[kept]))
+    shown = kept[~variants.extra]
+    table = rows.take(pa.array(shown)).append_column("activation_original", pa.array(before[shown]))
     table = table.rename_columns(["substitute_kind" if name == "kind" else name for name in table.column_names])
     variants_table = conform(table.select(schema("variants", True).names), "variants", True)
     return variants_table, from_rows(lines, "verifications", True)
@@ -138,16 +144,27 @@ def _number(unit: np.ndarray, document: np.ndarray) -> np.ndarray:
 
 
 class _Variants(NamedTuple):
-    """One entry a variant: its unit, exemplar and document (both numbers of one unit alone), what it is, a_v − b and a_o − b."""
+    """One entry a variant: its unit, exemplar, document and replaced word's stem (numbers of one unit alone), what it is,
+    a_v − b and a_o − b."""
 
     unit: np.ndarray
     exemplar: np.ndarray
     document: np.ndarray
+    stem: np.ndarray
     neighbour: np.ndarray
     offset: np.ndarray
     keeps: np.ndarray
+    extra: np.ndarray
     gain: np.ndarray
     base: np.ndarray
+
+
+def _stems(words: pa.ChunkedArray) -> np.ndarray:
+    """A number for the stem of each word."""
+    coded = words.combine_chunks().dictionary_encode()
+    number: dict[str, int] = {}
+    of = np.array([number.setdefault(stem(word), len(number)) for word in coded.dictionary.to_pylist()], np.int64)
+    return of[coded.indices.to_numpy()]
 
 
 class _Sums:
@@ -184,14 +201,35 @@ class _Numbers:
         def sums(chosen: np.ndarray) -> _Sums:
             return _Sums(variants, chosen, n)
 
+        self.paired = [sums(paired & near), sums(paired & ~near)]
+        self.without_one = _without_one(variants, paired, n)
+        counted = counted & ~variants.extra
+        fresh = fresh & ~variants.extra
         self.all, self.mat, self.context = sums(counted & near), sums(counted & near & mat), sums(counted & near & ~mat)
         self.by_offset = [sums(counted & near & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 1)]
         self.random, self.random_mat = sums(counted & ~near), sums(counted & ~near & mat)
         self.random_context = sums(counted & ~near & ~mat)
         self.random_by_offset = [sums(counted & ~near & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 1)]
         self.fresh, self.fresh_both = [sums(fresh & near), sums(fresh & ~near)], sums(fresh)
-        self.paired = [sums(paired & near), sums(paired & ~near)]
         self.at_context = [sums(counted & (variants.offset == o)) for o in range(-MOST_WORDS_BACK, 0)]
+
+
+def _without_one(variants: _Variants, paired: np.ndarray, n: int) -> np.ndarray:
+    """[n] the least specificity of each unit when one stem of its MAT words is left out; NaN where there is but one."""
+    stems, at = np.unique(variants.stem[paired], return_inverse=True)
+    owner = np.zeros(len(stems), np.int64)
+    owner[at] = variants.unit[paired]
+    near, least = variants.neighbour[paired], np.full(n, np.nan)
+    rest = []
+    for chosen in (near, ~near):
+        for values in (variants.gain[paired], variants.base[paired]):
+            own = np.bincount(at[chosen], values[chosen], minlength=len(stems))
+            rest.append(np.bincount(owner, own, minlength=n)[owner] - own)
+    alone = np.bincount(owner, minlength=n)[owner] < 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        left = np.where(alone, np.nan, rest[0] / rest[1] - rest[2] / rest[3])
+    np.fmin.at(least, owner, left)
+    return least
 
 
 def _verdict(numbers: _Numbers, unit: int, seed: int) -> dict[str, Any]:
@@ -207,7 +245,7 @@ def _verdict(numbers: _Numbers, unit: int, seed: int) -> dict[str, Any]:
     matters = bool(costs) and min(costs) >= MATTERS
     context = any(_drop(numbers.at_context[o], unit, seed).low > 0 for o, drop in enumerate(drops) if drop >= MATTERS)
     evidence = "none"
-    if specificity.low > 0 and specificity.value >= SPECIFIC:
+    if specificity.low > 0 and specificity.value >= SPECIFIC and numbers.without_one[unit] > 0:
         evidence = "concept"
     elif matters and not context:
         evidence = "token"

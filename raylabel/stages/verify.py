@@ -40,13 +40,17 @@ MOST_WORDS_BACK = 5
 RANDOM_POOL = 4
 """Random words are drawn from a pool this many times larger, another part of it for each place in the text: with the
 same few for all exemplars, what is special about them would look like a property of the unit."""
+WIDER = 2
+"""The MAT word gets so many times `verify.synonyms` of either kind, since few neighbours are of a unit's list. Those beyond
+are `extra`: they count for specificity alone, or the MAT word would outweigh the context in every mean, and are not among
+the rows of `variants`."""
 ORIGINAL, NEIGHBOUR, RANDOM = KINDS = ("original", "neighbour", "random")
 
 ROWS = pa.schema([
     ("control", pa.string()), ("neuron", pa.int32()), ("polarity", pa.int8()), ("rank", pa.int16()),
     ("sample", pa.int64()), ("document", pa.int64()), ("position", pa.int32()), ("recorded", pa.float32()),
     ("kind", pa.string()), ("offset", pa.int8()), ("word", pa.string()), ("substitute", pa.string()),
-    ("phrase", pa.string()), ("keeps_token", pa.bool_()), ("text", pa.int32()), ("start", pa.int32()),
+    ("phrase", pa.string()), ("keeps_token", pa.bool_()), ("extra", pa.bool_()), ("text", pa.int32()), ("start", pa.int32()),
     ("end", pa.int32()), ("dropped", pa.int32()),
 ])  # fmt: skip
 """`position` is the MAT's in the sample, `recorded` the exemplar's activation. Null in originals: `offset`, `word`,
@@ -190,6 +194,7 @@ class _Choice(NamedTuple):
     word: np.ndarray
     substitute: np.ndarray
     kind: np.ndarray
+    extra: np.ndarray
     words: list[str]
     substitutes: list[str]
 
@@ -198,8 +203,9 @@ def _choose(
     texts: list[Sample], row: np.ndarray, numbers: np.ndarray, places: list[_Place], source: Neighbourhood,
     config: VerifyConfig, unit: np.ndarray, rank: np.ndarray, seed: int,
 ) -> _Choice:  # fmt: skip
-    """Variants of all words, cut to the unit's number: MAT words first, then context words, a pair for each in turn."""
-    k = config.synonyms
+    """Variants of all words, cut to the unit's number: MAT words first, then context words and the extra ones of MAT words
+    by turns, a pair for each word after the other."""
+    few, k = config.synonyms, config.synonyms * WIDER
     flat = [(e, *word) for e, place in enumerate(places) for word in place.words]
     exemplar, offset, start, end = np.array(flat, dtype=np.int64).reshape(-1, 4).T
     number: dict[str, int] = {}
@@ -217,17 +223,28 @@ def _choose(
     drawn[turn >= size] = -1
     # [words in place, turn, kind]
     chosen = np.stack([near[word], drawn], axis=2)
+    chosen[offset != 0, few:] = -1
     at, turns, kinds = np.nonzero(chosen >= 0)
 
     spread = hashed(seed, rank[exemplar], offset)[at]
-    order = np.lexsort((kinds, spread, turns, offset[at] != 0, unit[exemplar[at]]))
-    owner = unit[exemplar[at[order]]]
-    within = np.arange(len(owner)) - np.searchsorted(owner, owner)
-    kept = np.sort(order[within < config.max_variants])
+    share = np.where(offset[at] != 0, 1, np.where(turns >= few, 2, 0))
+    owner = unit[exemplar[at]]
+    place = _places_in_line((kinds, spread, turns), owner * 3 + share)
+    kept = np.nonzero(_places_in_line((share, place, share > 0), owner) < config.max_variants)[0]
     at, turns, kinds = at[kept], turns[kept], kinds[kept]
     return _Choice(
-        exemplar[at], offset[at], start[at], end[at], word[at], chosen[at, turns, kinds], kinds + 1, words, list(index)
-    )
+        exemplar[at], offset[at], start[at], end[at], word[at], chosen[at, turns, kinds], kinds + 1, turns >= few, words,
+        list(index),
+    )  # fmt: skip
+
+
+def _places_in_line(keys: tuple[np.ndarray, ...], line: np.ndarray) -> np.ndarray:
+    """The place of each entry among those of its line, which are in the order of `keys`, the last one first."""
+    order = np.lexsort((*keys, line))
+    sorted_lines = line[order]
+    place = np.empty(len(line), np.int64)
+    place[order] = np.arange(len(line)) - np.searchsorted(sorted_lines, sorted_lines)
+    return place
 
 
 def _table(found: list[list[str]], k: int, index: dict[str, int]) -> np.ndarray:
@@ -290,6 +307,7 @@ def _build(
         "substitute": _strings(choice.substitutes, np.concatenate([nothing, choice.substitute[kept]])),
         "phrase": pa.array(_phrases(texts, row, places, choice, kept), pa.string()),
         "keeps_token": pa.array(np.concatenate([np.ones(len(row), bool), keeps[kept]])),
+        "extra": pa.array(np.concatenate([np.zeros(len(row), bool), choice.extra[kept]])),
         "text": pa.array(renumbered[text]),
         "start": pa.array(np.concatenate([low, start[kept]])),
         "end": pa.array(np.concatenate([high, end[kept]])),

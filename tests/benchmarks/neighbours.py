@@ -20,6 +20,7 @@ import numpy as np
 
 from raylabel.demo.stdlib import documents
 from raylabel.words.background import Background, fit_background
+from raylabel.words.contexts import fit_contexts
 from raylabel.words.families import stem
 from raylabel.words.lists import load_lists, mates
 from raylabel.words.segment import spans
@@ -69,17 +70,23 @@ def neighbours(settings: Settings) -> Iterator[Row]:
         train_vectors((sample["text"] for sample in samples), path)
         seconds = time.perf_counter() - start
         background = fit_background(samples, Vectors(path), 5, "sif", SEED)
-        found = measure(Substitutes(background, SEED), background, lists)
+        contexts = fit_contexts(lambda samples=samples: (sample["text"] for sample in samples))
+        found = measure(Substitutes(background, SEED, contexts), background, lists)
+        alone = measure(Substitutes(background, SEED), background, lists)
         size = path.stat().st_size
         path.unlink()
         yield Row(
             f"neighbours that share a word list with the word: {name}", f"random words of its frequency: {found.chance:.1%}",
             100 * found.near, 100 * found.near, 100 * found.near, 1, "%",
-            how=f"{K} neighbours of {found.words:,} words in {found.lists} lists, standard error {found.error:.1%}; "
+            how=f"{K} neighbours of {found.words:,} words in {found.lists} lists, standard error {found.error:.1%}; by "
+            f"word vectors alone {alone.near:.1%}; "
             f"random words differ by {found.frequency:.2g} octaves of frequency and {found.length:.2g} characters "
             f"(unmatched ones by {found.free_frequency:.2g} and {found.free_length:.2g}); training "
             f"{sum(len(s['text']) for s in samples) / 1e6:.2g} MB took {seconds:.0f} s",
-            more={**asdict(found), "training, wall seconds": seconds, "bytes of the vectors": size},
+            more={
+                **asdict(found), "near, vectors alone": alone.near, "training, wall seconds": seconds,
+                "bytes of the vectors": size,
+            },
         )  # fmt: skip
 
 
