@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import ipaddress
+import logging
 import socket
 import ssl
 import time
@@ -28,6 +29,9 @@ from yarl import URL
 
 from raylabel.limits import Limiter
 from raylabel.sources.pages import Pages
+
+# Each retry would be a line of the log; what comes of them is said of the page.
+logging.getLogger("stamina").setLevel(logging.ERROR)
 
 REDIRECTS = 5
 LONGEST_PAUSE = 3600.0
@@ -259,6 +263,8 @@ class Fetcher:
                     return await self._answer(response, page, bool(asked))
             except NotFetched:
                 raise
+            except aiohttp.InvalidURL as error:
+                raise NotFetched(f"{url.host} is no address: {error}") from None
             except (TimeoutError, aiohttp.ClientError, OSError, ssl.SSLError, ValueError) as error:
                 refusal = _refusal(error)
                 if refusal is not None:
