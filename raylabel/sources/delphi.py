@@ -1,0 +1,3 @@
+"""stub"""
+def splits(files): return set()
+def records(path, wanted): return iter(())
