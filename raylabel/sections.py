@@ -69,6 +69,22 @@ class NeuroscopeConfig(Section):
     """Where the pages are."""
     requests_per_second: Annotated[float, Field(gt=0)] = 5
     """Rate limit of the whole cluster."""
+    connections: Positive = 8
+    """Connections of a worker at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 60
+    """Seconds a request may take as a whole; to connect, and between two pieces of an answer, a third of it."""
+    attempts: Positive = 5
+    """Requests for a page at most, the first one counted."""
+    max_bytes: Positive = 50_000_000
+    """Bytes of a page at most, unpacked."""
+    contact: str | None = None
+    """E-mail or URL in the user agent, for whoever runs the site."""
+    allow_private: bool = False
+    """Whether addresses that are not on the public internet may be connected to."""
+    cache: str | None = None
+    """Folder or URL that keeps the pages as they came; null is `_pages` in the run directory."""
+    refresh: bool = False
+    """Ask the site whether pages that are kept have changed."""
 
 
 class NeuronpediaConfig(Section):
