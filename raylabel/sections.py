@@ -10,6 +10,8 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+NO_MODEL = "none"
+"""The name that `subject.model` has where there are recorded activations and no model."""
 
 Site = Literal["mlp_post", "mlp_mid", "resid_pre", "resid_mid", "resid_post", "attn_out"]
 
@@ -20,7 +22,7 @@ class Section(BaseModel):
 
 class SubjectConfig(Section):
     model: str
-    """Hub name, folder, TransformerLens name, or `demo`."""
+    """Hub name, folder, TransformerLens name, or `demo`; `none` for recorded activations without their model."""
     revision: str | None = None
     """Hub revision of the model."""
     units: Literal["all"] | list[tuple[NonNegative, NonNegative]] | str = "all"

@@ -94,6 +94,13 @@ class Stage:
     """Stages whose tables it reads where the run has them, and does without where it has not."""
     aside: tuple[str, ...] = ()
     """Steps that only those stages depend on that need them by name (`stage.step`)."""
+    after: Callable[[RunDir, RunConfig], None] | None = None
+    """What is fixed in run.json once its tables are complete."""
+
+
+def text_stage(config: RunConfig) -> str:
+    """The stage that makes `samples` and the word vectors: `tokenize`, or the one that takes in another source."""
+    return {"corpus": "tokenize", "recorded": "read"}.get(config.exemplars.source, "fetch")
 
 
 def settings(stage: Stage, config: RunConfig, resolved: dict[str, Any]) -> dict[str, Any]:

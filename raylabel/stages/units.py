@@ -8,6 +8,7 @@ the columns of `models.subject.Subject.read`, and what to multiply them with.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,9 @@ def sign(polarity: Numbers) -> Numbers:
 def wanted_units(config: RunConfig, facts: dict[str, Any]) -> dict[int, list[int]]:
     """The wanted neurons of each wanted layer, ascending; BadInput names the key of one that does not exist."""
     subject = config.subject
+    if "recorded" in facts:
+        # What was recorded is what was wanted of it.
+        return {int(layer): [n for a, b in ranges for n in range(a, b)] for layer, ranges in facts["recorded"].items()}
     there, width = facts["layers"], facts["width"]
     if subject.units != "all":
         pairs = _read(subject.units) if isinstance(subject.units, str) else subject.units
@@ -58,8 +62,21 @@ def wanted_units(config: RunConfig, facts: dict[str, Any]) -> dict[int, list[int
     return {layer: list(range(first, last)) for layer in layers}
 
 
+def given_units(config: RunConfig) -> Callable[[int, int], bool]:
+    """Whether a layer's neuron is one of the wanted, whatever the subject has."""
+    subject = config.subject
+    if subject.units != "all":
+        pairs = set(_read(subject.units) if isinstance(subject.units, str) else subject.units)
+        return lambda layer, neuron: (layer, neuron) in pairs
+    layers = None if subject.layers == "all" else set(subject.layers)
+    first, last = (0, None) if subject.neurons == "all" else subject.neurons
+    return lambda layer, neuron: (layers is None or layer in layers) and neuron >= first and (last is None or neuron < last)
+
+
 def polarities(config: RunConfig, facts: dict[str, Any]) -> tuple[int, ...]:
     """The polarities to work on."""
+    if "recorded" in facts:
+        return tuple(facts["polarities"])
     wanted = {"both": (1, -1), "positive": (1,), "quadrants": QUADRANTS}
     return wanted.get(config.subject.polarity, tuple(facts["polarities"]))
 
