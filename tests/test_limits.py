@@ -136,8 +136,8 @@ def test_a_keeper_that_lost_its_memory_is_asked_again() -> None:
         waiting = asyncio.create_task(taken([Turns(keeper) for _ in range(2)], 12))
         await asyncio.sleep(0.25)
         keeper.forget()
-        forgotten = time.monotonic()
-        return forgotten, await waiting
+        forgotten, times = time.monotonic(), await waiting
+        return forgotten, times
 
     forgotten, times = asyncio.run(run())
     assert len(times) == 12

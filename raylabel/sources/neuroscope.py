@@ -24,7 +24,7 @@ from raylabel.sections import NeuroscopeConfig, Site
 from raylabel.sources.fetch import Fetcher, Manners, NotFetched
 from raylabel.sources.neuroscope_page import looks_whole, parse
 from raylabel.sources.pages import Pages
-from raylabel.sources.records import Bad, Record, Text
+from raylabel.sources.records import Bad, Record, Text, without_model
 
 TEXTS_A_PAGE = 20
 NEURONS_A_PIECE, PAGES_A_DOWNLOAD = 64, 1024
@@ -95,20 +95,19 @@ def wanted(config: RunConfig) -> dict[int, list[int]]:
     """The neurons of each layer whose pages are wanted, ascending; BadInput names the key."""
     _, model = settings(config)
     subject, known = config.subject, MODELS.get(model)
-    listed = listed_units(subject)
     found: dict[int, list[int]] = {}
-    if listed is not None:
+    if (listed := listed_units(subject)) is not None:
         for layer, neuron in sorted(set(listed)):
             found.setdefault(layer, []).append(neuron)
-    elif known is None and (subject.layers == "all" or subject.neurons == "all"):
-        raise BadInput(
-            f"exemplars.neuroscope.model: {model} is none of the site's ({', '.join(MODELS)}); for another give "
-            "subject.layers and subject.neurons, or subject.units"
-        )
     else:
-        layers = range(known.layers) if subject.layers == "all" and known else sorted(set(subject.layers))  # type: ignore[arg-type]
-        first, last = (0, known.neurons) if subject.neurons == "all" and known else subject.neurons  # type: ignore[misc]
-        found = {int(layer): list(range(int(first), int(last))) for layer in layers}
+        layers = list(range(known.layers)) if known and subject.layers == "all" else subject.layers
+        ends = (0, known.neurons) if known and subject.neurons == "all" else subject.neurons
+        if layers == "all" or ends == "all":
+            raise BadInput(
+                f"exemplars.neuroscope.model: {model} is none of the site's ({', '.join(MODELS)}); for another give "
+                "subject.layers and subject.neurons, or subject.units"
+            )
+        found = {layer: list(range(*ends)) for layer in sorted(set(layers))}
     if known is not None:
         for layer, neurons in found.items():
             if layer >= known.layers or neurons[-1:] > [known.neurons - 1]:
@@ -156,26 +155,27 @@ def _address(section: NeuroscopeConfig, model: str, layer: int, neuron: int) -> 
 
 def records(config: RunConfig, piece: dict[str, Any]) -> Iterator[Record | Bad]:
     """A record for each page of the piece that was fetched and understood; the others as Bad, with the reason."""
+    for neuron in _neurons(config, piece):
+        yield record(config, piece["layer"], neuron)
+
+
+def record(config: RunConfig, layer: int, neuron: int) -> Record | Bad:
+    """What the page of a neuron says."""
     section, model = settings(config)
     known, pages = MODELS.get(model), kept_pages(config)
-    site = HOOKS[known.site] if known else None
-    layer = piece["layer"]
-    for neuron in _neurons(config, piece):
-        url = _address(section, model, layer, neuron)
-        try:
-            entry = pages.entry(url)
-            if entry is None or "sha256" not in entry:
-                why = entry.get("failed", "nothing") if entry else "it was not fetched"
-                yield Bad(f"{url}: {why}", layer, neuron)
-                continue
-            texts = parse(pages.read(entry), model, known.dataset if known else None, layer, neuron)
-        except (ValueError, OSError) as error:
-            yield Bad(f"{url}: {error}", layer, neuron)
-            continue
-        yield Record(
-            layer, neuron, [Text(t.full.tokens, t.full.values, t.peak, document=f"{t.dataset} {t.data_index}") for t in texts],
-            site=site and f"blocks.{layer}.{site}", place=url,
-        )  # fmt: skip
+    url = _address(section, model, layer, neuron)
+    try:
+        entry = pages.entry(url)
+        if entry is None or "sha256" not in entry:
+            return Bad(f"{url}: {entry.get('failed', 'nothing') if entry else 'it was not fetched'}", layer, neuron)
+        texts = parse(pages.read(entry), model, known.dataset if known else None, layer, neuron)
+    except (ValueError, OSError) as error:
+        return Bad(f"{url}: {error}", layer, neuron)
+    shown = [Text(t.full.tokens, t.full.values, t.peak, document=f"{t.dataset} {t.data_index}") for t in texts]
+    # Where the subject is read elsewhere by hand, the agreement with the recordings has the last word.
+    trusted = known is not None and (without_model(config) or config.subject.site == known.site)
+    site = f"blocks.{layer}.{HOOKS[known.site]}" if known and trusted else None
+    return Record(layer, neuron, shown, site=site, place=url)
 
 
 def _neurons(config: RunConfig, piece: dict[str, Any]) -> list[int]:
@@ -224,15 +224,15 @@ async def _crawl(config: RunConfig, pairs: list[tuple[int, int]]) -> dict[str, A
                 failed, in_a_row, why = failed + 1, in_a_row + 1, str(error)
                 await asyncio.to_thread(kept.fail, _address(section, model, layer, neuron), why)
 
-    async with Fetcher(
+    fetcher = Fetcher(
         section.url, rate(config), kept, manners, refresh=section.refresh, accept=looks_whole,
         per_second=section.requests_per_second,
-    ) as site:  # fmt: skip
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(ASKERS * section.connections, len(pairs))):
-                group.create_task(ask(site))
+    )  # fmt: skip
+    async with fetcher as site, asyncio.TaskGroup() as group:
+        for _ in range(min(ASKERS * section.connections, len(pairs))):
+            group.create_task(ask(site))
     if in_a_row >= HOPELESS:
-        raise BadInput(f"exemplars.neuroscope.url: {HOPELESS} pages in a row of {section.url} could not be fetched; the last: {why}")
+        raise BadInput(f"exemplars.neuroscope.url: {HOPELESS} pages in a row could not be fetched from {section.url}: {why}")
     return {**asdict(site.counts), "failed": failed}
 
 

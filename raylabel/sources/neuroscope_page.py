@@ -204,7 +204,6 @@ def _check_text(text: PageText, number: int, top: float, low: float) -> None:
             raise ValueError(f"text {number}: the {name} is said to be {said}, but is {found}")
     width = len(text.truncated.tokens)
     firsts = range(max(0, peak - width + 1), min(peak, len(values) - width) + 1)
-    if not any(
-        text.full.tokens[i : i + width] == text.truncated.tokens and values[i : i + width] == text.truncated.values for i in firsts
-    ):
+    short = text.truncated
+    if not any(text.full.tokens[i : i + width] == short.tokens and values[i : i + width] == short.values for i in firsts):
         raise ValueError(f"text {number}: the truncated text is no part of the full one around the maximum")

@@ -8,6 +8,7 @@ from functools import cache
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
 from raylabel.sections import NO_MODEL
+from raylabel.sources import neuroscope
 from raylabel.sources.records import refuse_sourceless, without_model
 from raylabel.stages.base import Stage, text_stage
 from raylabel.stages.identify_stage import IDENTIFY
@@ -57,7 +58,7 @@ def skipped_stages(config: RunConfig) -> list[str]:
 def prepare(run: RunDir, config: RunConfig) -> None:
     """Refuses what no stage of this version can run."""
     if config.exemplars.source == "neuroscope":
-        raise BadInput("exemplars.source: neuroscope is not part of this version; use corpus, recorded or neuronpedia")
+        neuroscope.wanted(config)
     refuse_sourceless(config)
     if without_model(config):
         if config.subject.latents is not None:
@@ -67,8 +68,11 @@ def prepare(run: RunDir, config: RunConfig) -> None:
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """The configuration without controls where there is no corpus to scan them on."""
+    """The configuration without controls where there is no corpus to scan them on, at the site of the recordings."""
     if config.exemplars.source == "corpus":
         return config
+    if config.exemplars.source == "neuroscope" and "site" not in config.subject.model_fields_set:
+        site = neuroscope.site_of(config) or config.subject.site
+        config = config.model_copy(update={"subject": config.subject.model_copy(update={"site": site})})
     none = config.controls.model_copy(update={"decoys": 0, "nulls": 0, "planted": 0})
     return config.model_copy(update={"controls": none})

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
 from raylabel.sources.corpus import chunks, documents
-from raylabel.stages import prepare
+from raylabel.sources.records import module
+from raylabel.stages import prepare, settled
 from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes
 from raylabel.stages.scan import batch_size, lease_keys, lease_size
 from raylabel.stages.subject import facts, open_subject, tokens_per_second
@@ -23,7 +24,10 @@ PROBE_DOCUMENTS = 200
 
 def estimate(config: RunConfig) -> dict[str, Any]:
     """Figures of the run that `config` would make. Raises the BadInput that the run would raise."""
+    config = settled(config)
     prepare(RunDir(config.run.out), config)
+    if config.exemplars.source != "corpus":
+        return {"model": config.subject.model, "source": config.exemplars.source} | module(config.exemplars.source).estimate(config)
     corpus = config.exemplars.corpus
     if corpus.path is None:
         raise BadInput("exemplars.corpus.path is required: a text file, a folder, or `stdlib`")

@@ -1,7 +1,7 @@
 """read and fetch: what a source other than a corpus has of the units becomes `samples`, `exemplars` and `statistics`.
 
 The two are the same stage but for their names: `read` takes files, `fetch` takes a site. Steps: `subject` looks the model
-up; `pieces` packs the records of a piece of the source (`sources.records`, `stages.packing`); `samples` numbers the
+up; `agreement` and `pages` fetch what a site has page by page (`stages.pages`); `pieces` packs the records of a piece of the source (`sources.records`, `stages.packing`); `samples` numbers the
 distinct texts; `units` puts together what the pieces have of each unit; `vectors` trains the word vectors. Later stages
 see no difference to a scan, but that the run is about the units that were recorded, at the polarities that were.
 
@@ -23,7 +23,7 @@ from raylabel.errors import BadInput
 from raylabel.sections import NO_MODEL
 from raylabel.sources.records import Bad, Record, module, without_model
 from raylabel.sources.spelling import Spelling
-from raylabel.stages import packing
+from raylabel.stages import packing, pages
 from raylabel.stages.arrays import array_bytes, read_table, table_bytes
 from raylabel.stages.base import Stage, Step
 from raylabel.stages.subject import FACTS_VERSION, SubjectWorker, fingerprint, latents_fingerprint, open_tokenizer
@@ -347,6 +347,8 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
         subject = config.subject.model_dump(mode="json", include={"site", "dtype", "device", "trust_remote_code", "bos"})
         subject |= {"latents": latents_fingerprint(config), "polarity": config.subject.polarity}
         steps.append(Step("subject", [{**subject, "model": model, "facts": FACTS_VERSION}], SubjectWorker, model=True))
+    if config.exemplars.source == "neuroscope":
+        steps += pages.steps(config, model)
     steps += [
         Step("pieces", [{**piece, "model": model} for piece in pieces], PiecesWorker),
         Step("samples", [{}], SamplesWorker),

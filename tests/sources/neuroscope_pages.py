@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 PREFIX, SUFFIX = 50, 10
 NASTY = (
-    '"', ", ", '", "', "</script>", "</details>", "\n", "\r\n", "\t", "\\", "\\u0041", "\u0000", "😀", "\ufffd", "Ġ", "Ġthe", " the", "'",
+    '"', ", ", '", "', "</script>", "</details>", "\n", "\r\n", "\t", "\\", "\\u0041", "\u0000", "😀", "\ufffd", "Ġ",
+    "Ġthe", " the", "'",
     "<h2>Text #3</h2>", "<script>", "<!--", "-->", "<hr>", "]}", '{"tokens": [', " )</script>", "&quot;", "&#0;", "﷽", "\u2028",
 )  # fmt: skip
 

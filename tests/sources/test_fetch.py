@@ -87,7 +87,7 @@ def test_retry_after_stops_everyone(tmp_path: Path) -> None:
         found, counts = fetch(site, list(range(60)), tmp_path, per_second=60)
     assert all(isinstance(result, bytes) for result in found.values())
     assert counts.paused == pytest.approx(1, abs=0.1)
-    asked = [t for t, path in zip(site.times, site.paths, strict=True) if path.endswith("/3.html")][0]
+    asked = next(t for t, path in zip(site.times, site.paths, strict=True) if path.endswith("/3.html"))
     # What is on its way when the answer comes still arrives.
     after = [t - asked for t in site.times if t > asked + 0.15]
     assert min(after) >= 0.95 and len(after) >= 20
