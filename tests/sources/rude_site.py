@@ -114,7 +114,7 @@ class Site:
         tag = f'"{layer_tag(body)}"'
         if request.headers.get("If-None-Match") == tag:
             return web.Response(status=304)
-        if how == "ok":
+        if how in ("ok", "foreign"):
             response = web.Response(body=body, headers={"ETag": tag}, content_type="text/html")
             response.enable_compression()
             return response

@@ -76,18 +76,13 @@ def test_scrape_identify_verify_results(tiny_model: Path, recorded: Recorded, si
 
 
 def test_again_asks_for_nothing_and_other_settings_read_what_is_kept(tiny_model: Path, site: Site, tmp_path: Path) -> None:
-    stages = {"stages": ["fetch"]}
-    run_pipeline(config(tiny_model, site.url, tmp_path / "run", run={**_run(tmp_path), **stages}))
-    asked = len(site.paths)
-    assert asked == 3 * NEURONS + 2  # robots.txt once for the sample and once for the rest
-    more = {"top": 7}
-    changed = config(tiny_model, site.url, tmp_path / "run", run={**_run(tmp_path), **stages})
-    run_pipeline(changed.model_copy(update={"exemplars": changed.exemplars.model_copy(update=more)}))
-    assert [p for p in site.paths[asked:] if p != "/robots.txt"] == []
-
-
-def _run(tmp_path: Path) -> dict[str, Any]:
-    return {"out": str(tmp_path / "run"), "address": "inline", "max_failures": 0.5}
+    fetch_only = {"run": {"stages": ["fetch"]}, "identify": {"vectors": "unused.bin"}}
+    run_pipeline(config(tiny_model, site.url, tmp_path / "run", **fetch_only))
+    pages = [p for p in site.paths if p != "/robots.txt"]
+    assert len(pages) == len(set(pages)) == 3 * NEURONS
+    run_pipeline(config(tiny_model, site.url, tmp_path / "run", **fetch_only, exemplars={"top": 7}))
+    assert [p for p in site.paths if p != "/robots.txt"] == pages
+    assert max(RunDir(str(tmp_path / "run")).table("exemplars").column("rank").to_pylist()) == 6
 
 
 RUDE = {1: "404", 2: "500", 3: "500 once", 4: "hang once", 5: "truncate", 6: "moved", 7: "elsewhere", 8: "foreign", 9: "hostile"}
@@ -114,7 +109,7 @@ def test_a_page_that_fails_costs_its_neuron_and_says_why(tiny_model: Path, recor
 
 @pytest.mark.parametrize("served, asked, words", [
     ({"bos": "never"}, {}, "without BOS"),
-    ({"site": "mlp_mid"}, {"site": "resid_post"}, "name the model that was recorded"),
+    ({"site": "attn_out"}, {}, "name the model that was recorded"),
 ])  # fmt: skip
 def test_recordings_of_another_place_are_refused_before_the_rest_is_fetched(
     served: dict[str, str], asked: dict[str, str], words: str, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
@@ -128,11 +123,15 @@ def test_recordings_of_another_place_are_refused_before_the_rest_is_fetched(
         assert len([p for p in site.paths if p != "/robots.txt"]) == 16
 
 
-def test_a_site_that_is_gone_stops_the_run(tiny_model: Path, recorded: Recorded, tmp_path: Path) -> None:
+def test_a_site_that_is_gone_stops_the_run(
+    tiny_model: Path, recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raylabel.sources.neuroscope.HOPELESS", 20)
     with Site(recorded.page, dict.fromkeys(range(1, 40), "404")) as site:
         wanted = config(tiny_model, site.url, tmp_path / "run", subject={"layers": [0, 1, 2], "neurons": [0, 40]})
-        with pytest.raises(BadInput, match=r"exemplars\.neuroscope: none of|50 pages in a row .* 404 Not Found"):
+        with pytest.raises(BadInput, match=r"exemplars\.neuroscope\.url: 20 pages in a row .* 404 Not Found"):
             run_pipeline(wanted)
+        assert len(site.paths) < 16 + 60
 
 
 def test_check_says_what_would_be_fetched_and_fetches_nothing(tmp_path: Path, command: Command) -> None:
