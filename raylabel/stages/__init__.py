@@ -56,8 +56,6 @@ def skipped_stages(config: RunConfig) -> list[str]:
 
 def prepare(run: RunDir, config: RunConfig) -> None:
     """Refuses what no stage of this version can run."""
-    if config.exemplars.source == "neuroscope":
-        raise BadInput("exemplars.source: neuroscope is not part of this version; use corpus, recorded or neuronpedia")
     refuse_sourceless(config)
     if without_model(config):
         if config.subject.latents is not None:
