@@ -93,14 +93,28 @@ class NeuronpediaConfig(Section):
     sources: list[str] = []
     """Source ids, e.g. 6-res-jb."""
     url: str = "https://www.neuronpedia.org"
-    """API or bulk export."""
+    """The site's API, or the bulk export: a folder, or a URL that ends in /v1."""
+    api_key_env: str = "NEURONPEDIA_API_KEY"
+    """Environment variable that holds the API's key, where there is one."""
+    requests_per_second: Annotated[float, Field(gt=0)] = 5
+    """Rate limit of the whole cluster."""
+    connections: Positive = 8
+    """Connections of a worker at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 120
+    """Seconds a request may take as a whole."""
+    attempts: Positive = 5
+    """Requests for a page or file at most, the first one counted."""
+    allow_private: bool = False
+    """Whether addresses that are not on the public internet may be connected to."""
+    cache: str | None = None
+    """Folder or URL that keeps what was fetched as it came; null is `_pages` in the run directory."""
 
 
 class RecordedConfig(Section):
     path: str | None = None
     """File or folder of recorded activations."""
     format: str = "auto"
-    """Format of the files."""
+    """auto, openai, saedashboard, delphi, jsonl, parquet or arrow."""
 
 
 class ExemplarsConfig(Section):

@@ -22,7 +22,7 @@ def record(run: RunDir, ids: bool, signs: tuple[int, ...] = (1, -1), neurons: in
     names = {i: subject.tokenizer.convert_ids_to_tokens(i) for i in subject.special_ids}
     rows: list[dict[str, Any]] = []
     for at in range(len(samples.numbers)):
-        padded, lengths = samples.padded(np.array([at]), subject.pad_id)
+        padded, _ = samples.padded(np.array([at]), subject.pad_id)
         strings = samples.strings(np.array([at]), names)[0].to_pylist()
 
         def visit(layer: int, acts: torch.Tensor, _resid: Any, strings: Any = strings, padded: Any = padded) -> None:

@@ -133,10 +133,12 @@ def test_turns_of_several_callers_behind_a_slow_line() -> None:
 def test_a_keeper_that_lost_its_memory_is_asked_again() -> None:
     async def run() -> tuple[float, list[float]]:
         keeper = Elsewhere(20, 2)
-        waiting = asyncio.create_task(taken([Turns(keeper) for _ in range(2)], 12))
-        await asyncio.sleep(0.25)
-        keeper.forget()
-        forgotten, times = time.monotonic(), await waiting
+        async def forget() -> float:
+            await asyncio.sleep(0.25)
+            keeper.forget()
+            return time.monotonic()
+
+        times, forgotten = await asyncio.gather(taken([Turns(keeper) for _ in range(2)], 12), forget())
         return forgotten, times
 
     forgotten, times = asyncio.run(run())

@@ -153,6 +153,7 @@ class Fetcher:
     def __init__(
         self, url: str, turns: Limiter, pages: Pages, manners: Manners = Manners(), *, refresh: bool = False,
         accept: Callable[[bytes], str | None] | None = None, per_second: float | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         """Args:
             url: of the site.
@@ -160,11 +161,13 @@ class Fetcher:
             refresh: ask whether kept pages have changed.
             accept: what is wrong with a page that arrived; it is then asked for again.
             per_second: the limiter's rate, to be held against a `Crawl-delay`.
+            headers: sent along with every request; no request leaves the site.
         """
         self.base = URL(url.rstrip("/") + "/")
         self.counts = Counts()
         self._turns, self._pages, self._manners = turns, pages, manners
         self._refresh, self._accept, self._rate = refresh, accept, per_second
+        self._headers = headers or {}
         self._slots = asyncio.Semaphore(manners.connections)
         self._robots: dict[URL, _Robots] = {}
         self._until = 0.0
@@ -179,7 +182,7 @@ class Fetcher:
         about = f"{AGENT}/{metadata.version('raylabel')}" + (f" (+{manners.contact})" if manners.contact else "")
         self._session = aiohttp.ClientSession(
             connector=connector, cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": about, "Accept-Encoding": "gzip, deflate"},
+            headers={"User-Agent": about, "Accept-Encoding": "gzip, deflate", **self._headers},
             timeout=aiohttp.ClientTimeout(total=manners.timeout, sock_connect=third, sock_read=third),
         )  # fmt: skip
         return self

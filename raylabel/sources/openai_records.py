@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import Field
+
 from raylabel.sources.reading import BROKEN, Schema, parsed, what
 from raylabel.sources.records import Bad, Record, Text
 
@@ -35,7 +37,7 @@ class NeuronRecord(Schema):
 
     neuron_id: NeuronId
     most_positive_activation_records: list[ActivationRecord]
-    random_sample: list[ActivationRecord] = []
+    random_sample: list[ActivationRecord] = Field(default_factory=list)
     random_sample_by_quantile: list[list[ActivationRecord]] | None = None
     mean: float | None = None
     variance: float | None = None

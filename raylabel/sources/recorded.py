@@ -99,10 +99,10 @@ def _kind(file: Path) -> str | None:
 def _together(found: list[Piece]) -> list[Piece]:
     """Pieces {files: [...]}: what is small together."""
     made: list[Piece] = []
-    size = PIECE_BYTES
+    size = 0
     for entry in found:
         own = min(entry["bytes"], PIECE_BYTES)
-        if size + own > PIECE_BYTES or len(made[-1]["files"]) >= FILES_A_PIECE:
+        if not made or size + own > PIECE_BYTES or len(made[-1]["files"]) >= FILES_A_PIECE:
             made.append({"files": []})
             size = 0
         made[-1]["files"].append(entry)

@@ -1,10 +1,12 @@
 """What a source other than a corpus gives of a unit: texts in which it was recorded, with its activations.
 
-A source is a module with three functions; all that comes after is the same for every source (`stages.read`):
+A source is a module with these functions; all that comes after is the same for every source (`stages.read`):
 
 - `pieces(config) -> list[dict]`: plain JSON keys, one a piece of the input; the work units. BadInput names the setting.
 - `records(config, piece) -> Iterator[Record | Bad]`: streamed; what cannot be read is a Bad and never an exception, and
   never a row made up in its place.
+- `downloads(config) -> list[dict]` and `fetch(config, piece) -> dict`, of a source at a site: what is fetched and kept before
+  the pieces are read, and how much that was.
 - `estimate(config) -> dict`: what `raylabel check` prints: pieces, bytes, requests, seconds, before anything is fetched.
 
 Activations are polarity * activation, as in the tables.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ijson
+from pydantic import Field
 
 from raylabel.sources.reading import Schema, valid
 from raylabel.sources.records import Bad, Record, Text
@@ -31,11 +32,11 @@ class Feature(Schema):
     """A feature."""
 
     feature_index: int
-    activations: list[Activation] = []
-    pos_str: list[str] = []
-    pos_values: list[float] = []
-    neg_str: list[str] = []
-    neg_values: list[float] = []
+    activations: list[Activation] = Field(default_factory=list)
+    pos_str: list[str] = Field(default_factory=list)
+    pos_values: list[float] = Field(default_factory=list)
+    neg_str: list[str] = Field(default_factory=list)
+    neg_values: list[float] = Field(default_factory=list)
     frac_nonzero: float | None = None
 
 

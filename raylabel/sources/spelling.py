@@ -8,6 +8,7 @@ exactly, or UNKNOWN where a string does not say which token it was (a broken cha
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 import zlib
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def readable(tokens: Sequence[str], special: frozenset[str] | set[str] = SPECIAL
     """A piece of text for each token, "" for special ones; a character of several tokens belongs to the last of them."""
     how = convention(tokens) if how is None else how
     if how == "text":
-        return ["" if t in special else t for t in tokens]
+        return mended(["" if t in special else t for t in tokens])
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     found = []
     for token in tokens:
@@ -61,6 +62,29 @@ def readable(tokens: Sequence[str], special: frozenset[str] | set[str] = SPECIAL
         found.append(decoder.decode(data))
     if found:
         found[-1] += decoder.decode(b"", True)
+    return found
+
+
+def mended(pieces: list[str]) -> list[str]:
+    """Pieces of text with the characters put together that some writers leave in the letters of byte-level BPE.
+
+    They decode each token by itself, and write one that is half a character as it is in the vocabulary: `âĢ`, `Ļ`. A run
+    of such tokens is read as bytes where together they are text and one by one they are not.
+    """
+    found = list(pieces)
+    at = 0
+    while at < len(pieces):
+        last = at
+        while last < len(pieces) and pieces[last] and all(c in _LETTERS and ord(c) > 126 for c in pieces[last]):
+            last += 1
+        run = pieces[at:last]
+        if len(run) > 1 and any(ord(c) > 255 for piece in run for c in piece):
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            with contextlib.suppress(UnicodeDecodeError):
+                parts = [decoder.decode(bytes(_LETTERS[c] for c in piece)) for piece in run]
+                if not decoder.getstate()[0] and "" in parts:
+                    found[at:last] = parts
+        at = last + 1
     return found
 
 
@@ -122,18 +146,19 @@ class Spelling:
             found = [self.vocabulary.get(t, UNKNOWN) for t in tokens]
             if UNKNOWN not in found:
                 return found
-        lead = next((i for i, piece in enumerate(pieces) if piece), len(pieces))
+        lead = next((i for i, token in enumerate(tokens) if token not in self.special), len(tokens))
         encoding = self.tokenizer.encode("".join(pieces), add_special_tokens=False)
-        if len(encoding.ids) == len(pieces) - lead:
-            at, same = 0, True
-            for (_, end), piece in zip(encoding.offsets, pieces[lead:], strict=True):
-                at += len(piece)
-                same = same and end == at and "\ufffd" not in piece
-            if same:
-                return [self._lookup(t) for t in tokens[:lead]] + list(encoding.ids)
-        return [self._lookup(token, piece) for token, piece in zip(tokens, pieces, strict=True)]
+        if len(encoding.ids) == len(pieces) - lead and "\ufffd" not in "".join(pieces):
+            again = readable([self.tokenizer.id_to_token(i) for i in encoding.ids], set(self.special), self.how)
+            if again == list(pieces[lead:]):
+                return [self.special[t] for t in tokens[:lead]] + list(encoding.ids)
+        as_text = convention(tokens) == "text"
+        return [self._lookup(token, piece, as_text) for token, piece in zip(tokens, pieces, strict=True)]
 
-    def _lookup(self, token: str, piece: str = "") -> int:
+    def _lookup(self, token: str, piece: str, as_text: bool) -> int:
         if token in self.special:
             return self.special[token]
+        if piece != token and (token in self.vocabulary or as_text):
+            # In the vocabulary's own spelling, or a part of a character that was put together.
+            return self.vocabulary.get(token, UNKNOWN)
         return self.by_text.get(piece, UNKNOWN)

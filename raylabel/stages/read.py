@@ -1,9 +1,10 @@
 """read and fetch: what a source other than a corpus has of the units becomes `samples`, `exemplars` and `statistics`.
 
 The two are the same stage but for their names: `read` takes files, `fetch` takes a site. Steps: `subject` looks the model
-up; `agreement` and `pages` fetch what a site has page by page (`stages.pages`); `pieces` packs the records of a piece of the source (`sources.records`, `stages.packing`); `samples` numbers the
-distinct texts; `units` puts together what the pieces have of each unit; `vectors` trains the word vectors. Later stages
-see no difference to a scan, but that the run is about the units that were recorded, at the polarities that were.
+up; `agreement` measures a few recordings again (`stages.agreement`); `download` fetches what lies at a site, and keeps it;
+`pieces` packs the records of a piece of the source (`sources.records`, `stages.packing`); `samples` numbers the distinct
+texts; `units` puts together what the pieces have of each unit; `vectors` trains the word vectors. Later stages see no
+difference to a scan, but that the run is about the units that were recorded, at the polarities that were.
 
 Labels that came along lie in `imported_labels/LAYER.arrow` (schema `labels`), for `describe` to take in.
 """
@@ -23,7 +24,7 @@ from raylabel.errors import BadInput
 from raylabel.sections import NO_MODEL
 from raylabel.sources.records import Bad, Record, module, without_model
 from raylabel.sources.spelling import Spelling
-from raylabel.stages import packing, pages
+from raylabel.stages import agreement, packing
 from raylabel.stages.arrays import array_bytes, read_table, table_bytes
 from raylabel.stages.base import Stage, Step
 from raylabel.stages.subject import FACTS_VERSION, SubjectWorker, fingerprint, latents_fingerprint, open_tokenizer
@@ -149,8 +150,20 @@ def _at(record: Record, why: Any) -> str:
 def _failure(bad: Bad) -> Row:
     reason = " ".join(bad.reason.split())[:300]
     if bad.layer is None or bad.neuron is None:
-        return {"reason": reason}
+        return {"unit": reason.partition(": ")[0], "reason": reason}
     return {"layer": bad.layer, "neuron": bad.neuron, "reason": reason}
+
+
+class DownloadWorker:
+    """Has the source fetch and keep what a piece names, where it is not kept yet."""
+
+    def __init__(self, url: str) -> None:
+        run = RunDir(url)
+        self.config = RunConfig.model_validate(run.config)
+        self.source = module(self.config.exemplars.source)
+
+    def __call__(self, unit: Unit) -> Output:
+        return Output(notes=self.source.fetch(self.config, unit.key))
 
 
 class SamplesWorker:
@@ -170,7 +183,8 @@ class SamplesWorker:
         known, tokens = (sum(meta[name] for meta in metas) for name in ("known", "tokens"))
         if tokens == 0:
             source = self.config.exemplars.source
-            raise BadInput(f"exemplars.{source}: no text of a wanted unit could be read; see the failures in {self.run.files.url}")
+            failures = f"see the failures in {self.run.files.url}"
+            raise BadInput(f"exemplars.{source}: no text of a wanted unit could be read; {failures}")
         if known < LEAST_KNOWN * tokens:
             raise BadInput(
                 f"subject.model: {self.config.subject.model} has only {known} of {tokens} recorded tokens; name the model that "
@@ -340,15 +354,19 @@ def resolve(run: RunDir, config: RunConfig) -> None:
 
 
 def _steps(run: RunDir, config: RunConfig) -> list[Step]:
-    pieces = module(config.exemplars.source).pieces(config)
+    source = module(config.exemplars.source)
+    pieces = source.pieces(config)
+    downloads = source.downloads(config) if hasattr(source, "downloads") else []
     model = None if without_model(config) else fingerprint(config)
     steps = []
     if model is not None:
         subject = config.subject.model_dump(mode="json", include={"site", "dtype", "device", "trust_remote_code", "bos"})
         subject |= {"latents": latents_fingerprint(config), "polarity": config.subject.polarity}
         steps.append(Step("subject", [{**subject, "model": model, "facts": FACTS_VERSION}], SubjectWorker, model=True))
-    if config.exemplars.source == "neuroscope":
-        steps += pages.steps(config, model)
+    if config.exemplars.source == "neuroscope" and model is not None:
+        steps.append(agreement.step(config, model))
+    if downloads:
+        steps.append(Step("download", downloads, DownloadWorker, limited=True))
     steps += [
         Step("pieces", [{**piece, "model": model} for piece in pieces], PiecesWorker),
         Step("samples", [{}], SamplesWorker),

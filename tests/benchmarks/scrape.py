@@ -27,7 +27,7 @@ from raylabel.limits import set_provider
 from raylabel.sources import neuroscope
 from raylabel.sources.records import Bad
 from raylabel.stages.base import Step
-from raylabel.stages.pages import PagesWorker
+from raylabel.stages.read import DownloadWorker
 from raylabel.store.plan import make_plan
 from raylabel.store.rundir import RunDir
 from tests.benchmarks.measuring import Settings
@@ -195,12 +195,12 @@ def _on_ray(wanted: RunConfig) -> dict[str, Any]:
     run = RunDir(wanted.run.out)
     run.start(wanted.model_dump(mode="json"))
     keys = neuroscope.downloads(wanted)
-    plan = make_plan("fetch", 1, {}, [], {"pages": keys})
+    plan = make_plan("fetch", 1, {}, [], {"download": keys})
     run.fix_plan(plan)
     total: Counter[str] = Counter()
     pool = open_pool("local", 2)
     try:
-        step = Step("pages", keys, PagesWorker, limited=True)
+        step = Step("download", keys, DownloadWorker, limited=True)
         pool.run(step, [(u, 1) for u in plan.units], run.files, "parquet", lambda entry: total.update(entry["notes"]))
     finally:
         pool.close()

@@ -41,7 +41,8 @@ def site(recorded: Recorded) -> Iterator[Site]:
 
 def config(model: Path | str, url: str, out: Path, **sections: dict[str, Any]) -> RunConfig:
     tree: dict[str, Any] = {
-        "subject": {"model": str(model), "device": "cpu", "bos": "always", "context": 32, "layers": [0, 1, 2], "neurons": [0, NEURONS]},
+        "subject": {"model": str(model), "device": "cpu", "bos": "always", "context": 32, "layers": [0, 1, 2],
+                    "neurons": [0, NEURONS]},
         "exemplars": {
             "source": "neuroscope", "top": 6, "quantile": 3, "random": 4, "before": 5, "after": 3,
             "neuroscope": {"model": "tiny", "url": url, "requests_per_second": 400, "allow_private": True, "timeout": 2.4,

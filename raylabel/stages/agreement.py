@@ -1,4 +1,4 @@
-"""Steps of fetch for a site of pages: `agreement` looks at a few of them before the rest is asked for, `pages` fetches them.
+"""A step of fetch: a few of a site's recordings are measured again before the rest is asked for.
 
 `agreement.json` says how many of a sample of recordings the subject gives back at its site, and where it does not, what
 would: another site, or the other BOS policy. A run whose recordings are another model's, or of another place in it, stops
@@ -28,16 +28,6 @@ from raylabel.store.shards import Blob, Output
 
 NEURONS, TEXTS = 16, 3
 """Neurons of the sample, and texts of each."""
-
-
-class PagesWorker:
-    """Fetches a range of pages; the notes say what was done."""
-
-    def __init__(self, url: str) -> None:
-        self.config = RunConfig.model_validate(RunDir(url).config)
-
-    def __call__(self, unit: Unit) -> Output:
-        return Output(notes=neuroscope.fetch(self.config, unit.key))
 
 
 class AgreementWorker:
@@ -129,15 +119,9 @@ def agreement(subject: Any, recordings: list[Recording]) -> dict[str, int]:
     return found
 
 
-def steps(config: RunConfig, model: str | None) -> list[Step]:
-    """The steps; `model` tells one subject from another, None where there is none to measure with."""
-    section, name = neuroscope.settings(config)
-    site = {"site": section.url, "of": name}
-    found = []
-    if model is not None:
-        pairs = [(layer, neuron) for layer, neurons in neuroscope.wanted(config).items() for neuron in neurons]
-        at = np.linspace(0, len(pairs) - 1, min(NEURONS, len(pairs))).astype(int)
-        key = {"sample": [pairs[i] for i in at], "model": model, "at": config.subject.site, "bos": config.subject.bos, **site}
-        found.append(Step("agreement", [key], AgreementWorker, model=True, limited=True))
-    keys = [{**piece, **site} for piece in neuroscope.downloads(config)]
-    return [*found, Step("pages", keys, PagesWorker, limited=True)]
+def step(config: RunConfig, model: str) -> Step:
+    """The step; `model` tells one subject from another."""
+    pairs = [(layer, neuron) for layer, neurons in neuroscope.wanted(config).items() for neuron in neurons]
+    at = np.linspace(0, len(pairs) - 1, min(NEURONS, len(pairs))).astype(int)
+    key = {"sample": [pairs[i] for i in at], "model": model, "site": config.subject.site, "bos": config.subject.bos}
+    return Step("agreement", [key], AgreementWorker, model=True, limited=True)
