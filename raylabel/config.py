@@ -7,6 +7,7 @@ names the key. Keys of stages that are not part of this version are accepted; `u
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +130,21 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
                 raise BadInput(f"--set {item}: {name} has no keys below it")
         node[last] = parsed
     return tree
+
+
+def listed_units(subject: SubjectConfig) -> list[tuple[int, int]] | None:
+    """The (layer, neuron) pairs of `subject.units`, out of its file if it names one; None for `all`."""
+    if not isinstance(subject.units, str):
+        return list(subject.units)
+    if subject.units == "all":
+        return None
+    try:
+        pairs = json.loads(Path(subject.units).read_text(encoding="utf-8"))
+        return [(int(layer), int(neuron)) for layer, neuron in pairs]
+    except FileNotFoundError:
+        raise BadInput(f"subject.units: no such file: {subject.units}") from None
+    except (ValueError, TypeError, UnicodeDecodeError):
+        raise BadInput(f"subject.units: {subject.units} is not a JSON list of [layer, neuron]") from None
 
 
 def unused_keys(config: RunConfig) -> list[str]:

@@ -10,6 +10,8 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+NO_MODEL = "none"
+"""The name that `subject.model` has where there are recorded activations and no model."""
 
 Site = Literal["mlp_post", "mlp_mid", "resid_pre", "resid_mid", "resid_post", "attn_out"]
 
@@ -20,7 +22,7 @@ class Section(BaseModel):
 
 class SubjectConfig(Section):
     model: str
-    """Hub name, folder, TransformerLens name, or `demo`."""
+    """Hub name, folder, TransformerLens name, or `demo`; `none` for recorded activations without their model."""
     revision: str | None = None
     """Hub revision of the model."""
     units: Literal["all"] | list[tuple[NonNegative, NonNegative]] | str = "all"
@@ -67,6 +69,22 @@ class NeuroscopeConfig(Section):
     """Where the pages are."""
     requests_per_second: Annotated[float, Field(gt=0)] = 5
     """Rate limit of the whole cluster."""
+    connections: Positive = 8
+    """Connections of a worker at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 60
+    """Seconds a request may take as a whole; to connect, and between two pieces of an answer, a third of it."""
+    attempts: Positive = 5
+    """Requests for a page at most, the first one counted."""
+    max_bytes: Positive = 50_000_000
+    """Bytes of a page at most, unpacked."""
+    contact: str | None = None
+    """E-mail or URL in the user agent, for whoever runs the site."""
+    allow_private: bool = False
+    """Whether addresses that are not on the public internet may be connected to."""
+    cache: str | None = None
+    """Folder or URL that keeps the pages as they came; null is `_pages` in the run directory."""
+    refresh: bool = False
+    """Ask the site whether pages that are kept have changed."""
 
 
 class NeuronpediaConfig(Section):
@@ -75,14 +93,28 @@ class NeuronpediaConfig(Section):
     sources: list[str] = []
     """Source ids, e.g. 6-res-jb."""
     url: str = "https://www.neuronpedia.org"
-    """API or bulk export."""
+    """The site's API, or the bulk export: a folder, or a URL that ends in /v1."""
+    api_key_env: str = "NEURONPEDIA_API_KEY"
+    """Environment variable that holds the API's key, where there is one."""
+    requests_per_second: Annotated[float, Field(gt=0)] = 5
+    """Rate limit of the whole cluster."""
+    connections: Positive = 8
+    """Connections of a worker at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 120
+    """Seconds a request may take as a whole."""
+    attempts: Positive = 5
+    """Requests for a page or file at most, the first one counted."""
+    allow_private: bool = False
+    """Whether addresses that are not on the public internet may be connected to."""
+    cache: str | None = None
+    """Folder or URL that keeps what was fetched as it came; null is `_pages` in the run directory."""
 
 
 class RecordedConfig(Section):
     path: str | None = None
     """File or folder of recorded activations."""
     format: str = "auto"
-    """Format of the files."""
+    """auto, openai, saedashboard, delphi, jsonl, parquet or arrow."""
 
 
 class ExemplarsConfig(Section):

@@ -16,7 +16,7 @@ from raylabel.engine.execute import UnitFailed, reason
 from raylabel.engine.inline import InlinePool
 from raylabel.errors import BadInput, RunFailed
 from raylabel.sections import SubjectConfig
-from raylabel.stages import PIPELINE, prepare
+from raylabel.stages import STAGES, pipeline, prepare, settled, skipped_stages
 from raylabel.stages.base import Stage, settings
 from raylabel.stages.failures import write_failures
 from raylabel.store.lock import locked
@@ -55,7 +55,7 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
 
     Raises BadInput for what the user can mend and RunFailed where the run cannot go on.
     """
-    config = absolute(config)
+    config = settled(absolute(config))
     run = RunDir(config.run.out)
     report = Report()
     wanted = chosen(config)
@@ -63,6 +63,10 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
     with locked(run.files):
         run.start(config.model_dump(mode="json"))
         prepare(run, config)
+        if "controls" in config.model_fields_set and config.exemplars.source != "corpus":
+            say(f"controls: none, exemplars.source is {config.exemplars.source} and there is no corpus to scan them on")
+        for name in skipped_stages(config):
+            say(f"{name}: skipped, subject.model is none and there is nothing to measure with")
         pool = None
         try:
             for stage in wanted:
@@ -84,7 +88,8 @@ def absolute(config: RunConfig) -> RunConfig:
     paths = (("run", "out"), ("subject", "model"), ("subject", "latents"), ("subject", "units"), ("identify", "vectors"))
     for section, key in paths:
         _absolute(tree.get(section, {}), key, always=section == "run")
-    _absolute(tree.get("exemplars", {}).get("corpus", {}), "path")
+    for source, key in (("corpus", "path"), ("recorded", "path"), ("neuronpedia", "url")):
+        _absolute(tree.get("exemplars", {}).get(source, {}), key)
     if "run" not in tree or "out" not in tree["run"]:
         tree.setdefault("run", {})["out"] = str(Path(config.run.out).absolute())
     return RunConfig.model_validate(tree)
@@ -98,19 +103,22 @@ def _absolute(section: dict[str, Any], key: str, always: bool = False) -> None:
 
 def chosen(config: RunConfig) -> list[Stage]:
     """The stages to run, in order; BadInput names one that does not exist."""
+    stages = pipeline(config)
     if config.run.stages == "all":
-        return list(PIPELINE)
-    known = {stage.name: stage for stage in PIPELINE}
+        return list(stages)
+    known = {stage.name: stage for stage in stages}
     for name in config.run.stages:
+        if name in skipped_stages(config):
+            raise BadInput(f"run.stages: {name} measures with a model, and subject.model is none")
         if name not in known:
             raise BadInput(f"run.stages: no stage {name!r}; stages are {', '.join(known)}")
-    return [stage for stage in PIPELINE if stage.name in config.run.stages]
+    return [stage for stage in stages if stage.name in config.run.stages]
 
 
 def check_needs(stage: Stage, wanted: list[Stage], run: RunDir, config: RunConfig) -> None:
     """BadInput if a stage that this one needs and that is not run again was done with other settings."""
-    for name in dict.fromkeys(needed.partition(".")[0] for needed in inputs_of(stage)):
-        producer = next(s for s in PIPELINE if s.name == name)
+    for name in dict.fromkeys(needed.partition(".")[0] for needed in inputs_of(stage, config)):
+        producer = next(s for s in pipeline(config) if s.name == name)
         before = run.plan(name)
         if producer in wanted or before is None:
             continue
@@ -127,21 +135,21 @@ def check_needs(stage: Stage, wanted: list[Stage], run: RunDir, config: RunConfi
             )
 
 
-def inputs_of(stage: Stage) -> list[str]:
+def inputs_of(stage: Stage, config: RunConfig) -> list[str]:
     """What a stage reads of the stages there are."""
-    known = {s.name for s in PIPELINE}
+    known = {s.name for s in pipeline(config)}
     return [*stage.needs, *(name for name in stage.uses if name in known)]
 
 
 def plan_stage(stage: Stage, run: RunDir, config: RunConfig) -> tuple[Plan, Any]:
     """The plan of a stage whose inputs are complete, and its steps."""
     inputs = []
-    for needed in inputs_of(stage):
+    for needed in inputs_of(stage, config):
         name, _, step = needed.partition(".")
         plan = run.plan(name)
         if plan is None and needed in stage.uses:
             continue
-        producer = next(s for s in PIPELINE if s.name == name)
+        producer = next(s for s in pipeline(config) if s.name == name)
         if plan is None or not all(run.complete(table) for table in producer.tables):
             raise BadInput(f"run.stages: {stage.name} needs {name}, which is not complete in {run.files.url}")
         used = [u.id for u in plan.units if (u.step == step if step else u.step not in producer.aside)]
@@ -162,11 +170,18 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
     same = before is not None and before.to_json() == plan.to_json()
     if same and len(committed) == len(plan.units) and all(run.complete(t) for t in stage.tables):
         say(f"{stage.name}: already done")
+        if stage.after:
+            stage.after(run, config)
         return pool
     started = time.time()
     if not same:
-        for later in reversed(PIPELINE[PIPELINE.index(stage) :]):
+        stages = pipeline(config)
+        for later in reversed(stages[stages.index(stage) :]):
             run.forget_plan(later.name, later.tables)
+        for other in STAGES:
+            # What another source, or a run with a model, has left behind.
+            if other.name not in {s.name for s in stages}:
+                run.forget_plan(other.name, tuple(set(other.tables) - {t for s in stages for t in s.tables}))
     run.reopen(stage.tables)
     run.fix_plan(plan)
     attempts = {i: int(entry["attempt"]) + 1 for i, entry in run.manifest(stage.name).items()}
@@ -196,6 +211,9 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
     if lost:
         raise RunFailed(f"{stage.name}: files of {lost} units are gone or cut short; run the same command again")
     run.finish(plan, stage.tables)
+    if stage.after:
+        stage.after(run, config)
+        check_failures(stage.name, len(failed), run, config)
     return pool
 
 
@@ -207,6 +225,9 @@ def failed_neurons(entry: dict[str, Any]) -> set[tuple[int, int]]:
 def check_failures(stage: str, failed: int, run: RunDir, config: RunConfig) -> None:
     """Raises RunFailed when more neurons of a stage failed than `run.max_failures` allows."""
     total = int(run.resolved.get("n_units", 0))
+    if not total:
+        # A source's units are counted when they are read.
+        return
     allowed = config.run.max_failures * total
     if failed > allowed and (failed > TOLERATED or config.run.max_failures == 0):
         raise RunFailed(

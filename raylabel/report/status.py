@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from raylabel.stages import PIPELINE
+from raylabel.config import RunConfig
+from raylabel.stages import pipeline
 from raylabel.store.rundir import RunDir
 
 
@@ -12,7 +13,7 @@ def stage_rows(run: RunDir) -> list[dict[str, Any]]:
     """A row a stage: units done and pending, neurons failed, rows, seconds of work, money, state."""
     run.info  # noqa: B018  (refuses what this version cannot read)
     rows = []
-    for stage in PIPELINE:
+    for stage in pipeline(RunConfig.model_validate(run.config)):
         row: dict[str, Any] = {"stage": stage.name, "done": 0, "pending": 0, "failed": 0, "rows": 0, "seconds": 0.0,
                                "money": 0.0, "state": "not started"}  # fmt: skip
         plan = run.plan(stage.name)
@@ -31,4 +32,4 @@ def stage_rows(run: RunDir) -> list[dict[str, Any]]:
 
 def broken_files(run: RunDir) -> list[str]:
     """Committed files that are gone or not what was committed."""
-    return [name for stage in PIPELINE for name in run.broken(stage.name)]
+    return [name for stage in pipeline(RunConfig.model_validate(run.config)) for name in run.broken(stage.name)]

@@ -58,6 +58,7 @@ class Step:
         divide: cuts a key in two when its unit fails; None where a unit cannot be cut, and its failure ends the run.
         blame: failure rows of a key that can be cut no further.
         model: whether the worker holds a model, and so a GPU where there is one.
+        limited: whether the worker takes turns at a limiter (`raylabel.limits`).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Step:
     divide: Callable[[Key], list[Key]] | None = None
     blame: Callable[[Key], list[dict[str, Any]]] | None = None
     model: bool = False
+    limited: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ class Stage:
     """Stages whose tables it reads where the run has them, and does without where it has not."""
     aside: tuple[str, ...] = ()
     """Steps that only those stages depend on that need them by name (`stage.step`)."""
+    after: Callable[[RunDir, RunConfig], None] | None = None
+    """What is fixed in run.json once its tables are complete."""
+
+
+def text_stage(config: RunConfig) -> str:
+    """The stage that makes `samples` and the word vectors: `tokenize`, or the one that takes in another source."""
+    return {"corpus": "tokenize", "recorded": "read"}.get(config.exemplars.source, "fetch")
 
 
 def settings(stage: Stage, config: RunConfig, resolved: dict[str, Any]) -> dict[str, Any]:

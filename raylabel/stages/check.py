@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
 from raylabel.sources.corpus import chunks, documents
-from raylabel.stages import prepare
+from raylabel.sources.records import module, without_model
+from raylabel.stages import pipeline, prepare, settled
 from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes
 from raylabel.stages.scan import batch_size, lease_keys, lease_size
 from raylabel.stages.subject import facts, open_subject, tokens_per_second
@@ -23,7 +24,10 @@ PROBE_DOCUMENTS = 200
 
 def estimate(config: RunConfig) -> dict[str, Any]:
     """Figures of the run that `config` would make. Raises the BadInput that the run would raise."""
+    config = settled(config)
     prepare(RunDir(config.run.out), config)
+    if config.exemplars.source != "corpus":
+        return _source(config)
     corpus = config.exemplars.corpus
     if corpus.path is None:
         raise BadInput("exemplars.corpus.path is required: a text file, a folder, or `stdlib`")
@@ -49,6 +53,24 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         "tokens a second": round(rate), "forward seconds": round(tokens / rate * groups, 1),
         "variants at most": (n_units * len(signs) + decoys + texts) * config.verify.max_variants,
         "LLM calls": 0, "LLM cost": 0.0,
+    }  # fmt: skip
+
+
+def _source(config: RunConfig) -> dict[str, Any]:
+    """Figures of a run over another source: what would be read or fetched, known from sizes and numbers alone."""
+    source, found = config.exemplars.source, module(config.exemplars.source).estimate(config)
+    wanted = config.exemplars
+    most = 3 * (wanted.top + wanted.quantile + wanted.random) // 2
+    units: int | str = "as many as were recorded"
+    if config.subject.units == "all" and config.subject.neurons != "all" and config.subject.layers != "all":
+        units = len(set(config.subject.layers)) * (config.subject.neurons[1] - config.subject.neurons[0])
+    elif isinstance(config.subject.units, list):
+        units = len(set(config.subject.units))
+    variants = "none, there is no model" if without_model(config) else config.verify.max_variants
+    return {
+        "model": config.subject.model, "source": source, **found, "units": units, "texts a unit at most": most,
+        "stages": ", ".join(stage.name for stage in pipeline(config)), "variants a unit at most": variants,
+        "decoys": 0, "LLM calls": 0, "LLM cost": 0.0,
     }  # fmt: skip
 
 

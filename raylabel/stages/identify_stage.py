@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from raylabel.config import RunConfig
 from raylabel.stages import identify
 from raylabel.stages.arrays import lists, read_table, table_bytes
-from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_controls
+from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, text_stage, with_controls
 from raylabel.stages.samples import load_samples
 from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit
@@ -42,7 +42,7 @@ def open_vectors(run: RunDir, config: RunConfig) -> Vectors:
 def _stamp(run: RunDir, given: str) -> list[str]:
     """Tells the word vectors of the run, or the file it was given, from others under the same name."""
     if given == "train":
-        plan = run.plan("tokenize")
+        plan = run.plan(text_stage(RunConfig.model_validate(run.config)))
         return [unit.id for unit in plan.units if unit.step == "vectors"] if plan else []
     try:
         status = os.stat(given)

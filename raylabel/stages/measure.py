@@ -269,7 +269,7 @@ def unreproduced(rows: pa.Table, coarse: bool, rounding: float = 0.0) -> list[Un
 
 
 def diagnose(
-    subject: Any, rows: pa.Table, samples: pa.Table, layer: int, unit: Unit, rounding: float = 0.0
+    subject: Any, rows: pa.Table, samples: pa.Table, layer: int, unit: Unit, rounding: float = 0.0, *, coarse: bool | None = None
 ) -> str | None:
     """What reproduces a unit's recordings where the recorded site does not; None if nothing that was tried does.
 
@@ -286,17 +286,17 @@ def diagnose(
     few = samples.filter(pc.is_in(samples["sample"], pa.array(numbers, pa.int64())))
     ids = dict(zip(few["sample"].to_pylist(), few["token_ids"].to_pylist(), strict=True))
     exemplars = [(ids[number], position) for number, position in zip(numbers, positions, strict=True)]
-    coarse = subject.dtype != torch.float32
-    for name, other, shift in _alternatives(subject, exemplars):
+    coarse = subject.dtype != torch.float32 if coarse is None else coarse
+    for name, other, shift in alternatives(subject, exemplars):
         at_column = column(neuron, polarity, other.width)
-        values = np.array([_peak(other, layer, ids, at, shift, at_column) * sign(polarity) for ids, at in exemplars])
+        values = np.array([peak_at(other, layer, ids, at, shift, at_column) * sign(polarity) for ids, at in exemplars])
         good = reproduces(recorded[: len(values)], values, recorded.max(), coarse, rounding)
         if good.mean() >= LEAST_REPRODUCED:
             return f"recordings are reproduced {name}"
     return None
 
 
-def _alternatives(subject: Any, exemplars: Iterable[tuple[list[int], int]]) -> Iterator[tuple[str, Any, int]]:
+def alternatives(subject: Any, exemplars: Iterable[tuple[list[int], int]]) -> Iterator[tuple[str, Any, int]]:
     """(in words, subject, change of positions: 1 for a BOS in front, -1 for one gone) in the order they are tried."""
     with_bos = all(subject.bos_id is not None and ids[:1] == [subject.bos_id] for ids, _ in exemplars)
     shift = 0 if subject.bos_id is None else -1 if with_bos else 1
@@ -310,7 +310,7 @@ def _alternatives(subject: Any, exemplars: Iterable[tuple[list[int], int]]) -> I
         yield f"at {sister} {bos}", subject.at(sister), shift
 
 
-def _peak(subject: Any, layer: int, ids: list[int], position: int, shift: int, at_column: int) -> float:
+def peak_at(subject: Any, layer: int, ids: list[int], position: int, shift: int, at_column: int) -> float:
     """The activation at the MAT; NaN where there is no such position any more."""
     given = [subject.bos_id, *ids] if shift > 0 else ids[-shift:]
     if position + shift < 0:

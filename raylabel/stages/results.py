@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from scipy.stats import binomtest
 
 from raylabel.config import RunConfig
+from raylabel.sources.records import without_model
 from raylabel.stages.base import Stage, Step, blame_neurons
 from raylabel.stages.failures import failure_rows
 from raylabel.stages.planting import from_json
@@ -137,6 +138,8 @@ class ResultsWorker:
         }
         signs = polarities(self.config, self.facts)
         rows = join(neurons, signs, self._tables(self.run, layer, None), failed[None], site)
+        if without_model(self.config):
+            rows = [{**row, "verified": None} for row in rows]
         shards = [Shard("results", from_rows(rows, "results"), layer)]
         rows = []
         for kind, n in kinds.items():

@@ -7,13 +7,12 @@ the columns of `models.subject.Subject.read`, and what to multiply them with.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
-from raylabel.config import RunConfig
+from raylabel.config import RunConfig, listed_units
 from raylabel.errors import BadInput
 
 QUADRANTS = (1, -1, 2, -2)
@@ -36,9 +35,11 @@ def sign(polarity: Numbers) -> Numbers:
 def wanted_units(config: RunConfig, facts: dict[str, Any]) -> dict[int, list[int]]:
     """The wanted neurons of each wanted layer, ascending; BadInput names the key of one that does not exist."""
     subject = config.subject
+    if "recorded" in facts:
+        # What was recorded is what was wanted of it.
+        return {int(layer): [n for a, b in ranges for n in range(a, b)] for layer, ranges in facts["recorded"].items()}
     there, width = facts["layers"], facts["width"]
-    if subject.units != "all":
-        pairs = _read(subject.units) if isinstance(subject.units, str) else subject.units
+    if (pairs := listed_units(subject)) is not None:
         found: dict[int, set[int]] = {}
         for layer, neuron in pairs:
             _check("subject.units", layer, neuron, facts)
@@ -58,8 +59,21 @@ def wanted_units(config: RunConfig, facts: dict[str, Any]) -> dict[int, list[int
     return {layer: list(range(first, last)) for layer in layers}
 
 
+def given_units(config: RunConfig) -> Callable[[int, int], bool]:
+    """Whether a layer's neuron is one of the wanted, whatever the subject has."""
+    subject = config.subject
+    if (pairs := listed_units(subject)) is not None:
+        listed = set(pairs)
+        return lambda layer, neuron: (layer, neuron) in listed
+    layers = None if subject.layers == "all" else set(subject.layers)
+    first, last = (0, None) if subject.neurons == "all" else subject.neurons
+    return lambda layer, neuron: (layers is None or layer in layers) and neuron >= first and (last is None or neuron < last)
+
+
 def polarities(config: RunConfig, facts: dict[str, Any]) -> tuple[int, ...]:
     """The polarities to work on."""
+    if "recorded" in facts:
+        return tuple(facts["polarities"])
     wanted = {"both": (1, -1), "positive": (1,), "quadrants": QUADRANTS}
     return wanted.get(config.subject.polarity, tuple(facts["polarities"]))
 
@@ -72,13 +86,3 @@ def _check(key: str, layer: int, neuron: int, facts: dict[str, Any]) -> None:
         raise BadInput(f"{key}: no latents at layer {layer}; subject.latents has {', '.join(map(str, there))}")
     if neuron >= facts["width"]:
         raise BadInput(f"{key}: no neuron {neuron}; a layer has neurons 0 to {facts['width'] - 1}")
-
-
-def _read(path: str) -> list[tuple[int, int]]:
-    try:
-        pairs = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [(int(layer), int(neuron)) for layer, neuron in pairs]
-    except FileNotFoundError:
-        raise BadInput(f"subject.units: no such file: {path}") from None
-    except (ValueError, TypeError, UnicodeDecodeError):
-        raise BadInput(f"subject.units: {path} is not a JSON list of [layer, neuron]") from None

@@ -47,6 +47,8 @@ class Link:
         self.run = RunDir(url)
         self.config = RunConfig.model_validate(self.run.config)
         self.facts = self.run.resolved
+        # Neuroscope recorded in half precision.
+        self.coarse = self.facts["dtype"] != "float32" or self.config.exemplars.source == "neuroscope"
 
     def table(self, unit: Unit, name: str, **options: Any) -> pa.Table:
         """The unit's rows of a table, of its controls if it is about them."""
@@ -145,9 +147,9 @@ class RemeasureLink(Link):
             special, of_texts = self.facts["special_ids"], verify.part(plan, by_text)
             rows = pa.concat_tables([rows, measure_texts(self.texts(layer), self.reader, special, of_texts)])
         notes = []
-        for key in measure.unreproduced(rows, self.facts["dtype"] != "float32"):
+        for key in measure.unreproduced(rows, self.coarse):
             numbers = rows.filter(pc.equal(rows["kind"], "original")).column("sample")
-            found = measure.diagnose(subject, rows, self.samples(numbers), layer, key)
+            found = measure.diagnose(subject, rows, self.samples(numbers), layer, key, coarse=self.coarse)
             notes.append((key, found or "nothing that was tried reproduces them"))
         return {"rows": rows, "failures": _reasons(failures), "notes": _reasons(notes)}
 
@@ -169,7 +171,7 @@ class SummariseLink(Link):
         notes = {(r["control"], r["neuron"], r["polarity"]): r["reason"] for r in payload["notes"].to_pylist()}
         variants, verifications = causal.summarise(
             payload["rows"], random, numbers, layer=layer, seed=self.config.run.seed,
-            coarse=self.facts["dtype"] != "float32", notes=notes, window=self.config.identify.window,
+            coarse=self.coarse, notes=notes, window=self.config.identify.window,
         )  # fmt: skip
         own, theirs = causal.divide(variants, "variants")
         shard = Shard("variants", theirs, layer, True) if controls else Shard("variants", own, layer)
