@@ -14,7 +14,7 @@ from raylabel.words.segment import mat_word
 
 SEEN = 240
 """Characters looked at on each side: a word and what it stands behind."""
-_LAST = re.compile(r"(\w+(?:['’]\w+)*|[^\w\s])[ \t]*$")
+_LAST = re.compile(r"(\w+(?:['’]\w+)*|[^\w\s])[ \t]*\Z")
 
 
 class Peak(NamedTuple):

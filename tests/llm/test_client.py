@@ -280,7 +280,7 @@ def test_in_flight_climbs_while_the_server_keeps_up_and_backs_off(tmp_path: Path
             await asyncio.sleep(0.02)
         return GOOD
 
-    questions = [str(i) for i in range(300)]
+    questions = [str(i) for i in range(150)]
     with served(answer) as server:
         _, client = asked(tmp_path / "a", server.url, questions, {"concurrency": 200}, schema=Thing)
         assert 6 <= server.most <= 60, "climbs to where it slows, not to all it may"
@@ -300,7 +300,7 @@ def test_in_flight_climbs_while_the_server_keeps_up_and_backs_off(tmp_path: Path
         return GOOD
 
     with served(few) as server:
-        found, client = asked(tmp_path / "c", server.url, questions[:100], {"concurrency": 64}, schema=Thing)
+        found, client = asked(tmp_path / "c", server.url, questions[:60], {"concurrency": 64}, schema=Thing)
     assert all(not isinstance(one, Exception) for one in found), "no answer is lost to 429"
     assert client.gate.limit <= 12
 
