@@ -16,7 +16,7 @@ from raylabel.engine.execute import UnitFailed, reason
 from raylabel.engine.inline import InlinePool
 from raylabel.errors import BadInput, RunFailed
 from raylabel.sections import SubjectConfig
-from raylabel.stages import STAGES, pipeline, prepare, settled, skipped_stages
+from raylabel.stages import STAGES, pipeline, prepare, refuse_early, settled, skipped_stages
 from raylabel.stages.base import Stage, settings
 from raylabel.stages.failures import write_failures
 from raylabel.store.lock import locked
@@ -67,6 +67,8 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
             say(f"controls: none, exemplars.source is {config.exemplars.source} and there is no corpus to scan them on")
         for name in skipped_stages(config):
             say(f"{name}: skipped, subject.model is none and there is nothing to measure with")
+        if any(stage.name == "describe" for stage in wanted):
+            refuse_early(run, config)
         pool = None
         try:
             for stage in wanted:

@@ -7,10 +7,12 @@ from functools import cache
 
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
+from raylabel.llm.client import open_client
 from raylabel.sections import NO_MODEL
 from raylabel.sources import neuroscope
 from raylabel.sources.records import refuse_sourceless, without_model
 from raylabel.stages.base import Stage, text_stage
+from raylabel.stages.describe_stage import BUILT_IN, DESCRIBE
 from raylabel.stages.identify_stage import IDENTIFY
 from raylabel.stages.read import FETCH, READ
 from raylabel.stages.results import RESULTS
@@ -20,7 +22,7 @@ from raylabel.stages.tokenize import TOKENIZE
 from raylabel.stages.verify_stage import VERIFY
 from raylabel.store.rundir import RunDir
 
-PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, RESULTS)
+PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, DESCRIBE, RESULTS)
 """The stages of a run over a corpus."""
 STAGES: tuple[Stage, ...] = (READ, FETCH, *PIPELINE)
 """All there are."""
@@ -76,3 +78,9 @@ def settled(config: RunConfig) -> RunConfig:
         config = config.model_copy(update={"subject": config.subject.model_copy(update={"site": site})})
     none = config.controls.model_copy(update={"decoys": 0, "nulls": 0, "planted": 0})
     return config.model_copy(update={"controls": none})
+
+
+def refuse_early(run: RunDir, config: RunConfig) -> None:
+    """Refuses at the start of a run what its explainer would stumble over at the end of it: no key, no model, no prices."""
+    if config.describe.explainer != BUILT_IN and not run.complete("labels"):
+        open_client(run, config)
