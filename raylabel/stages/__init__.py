@@ -8,12 +8,13 @@ from raylabel.stages.base import Stage
 from raylabel.stages.identify_stage import IDENTIFY
 from raylabel.stages.results import RESULTS
 from raylabel.stages.scan import SCAN
+from raylabel.stages.score_stage import SCORE
 from raylabel.stages.subject import refuse_contradiction
 from raylabel.stages.tokenize import TOKENIZE
 from raylabel.stages.verify_stage import VERIFY
 from raylabel.store.rundir import RunDir
 
-PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, RESULTS)
+PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, SCORE, RESULTS)
 
 
 def prepare(run: RunDir, config: RunConfig) -> None:

@@ -1,0 +1,179 @@
+"""The stage score: every label of a range of neurons, or of controls, tested on the score split.
+
+Labels are those of `describe`, and the words of `concepts`, where the run has them; without a labeller, the MAT words. Each
+label's test is the same for the other units' labels it is compared with. The judge and the word vectors answer here, a
+language model through the client. What a scorer cannot test has null values and `n` = 0; what failed is a failure.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from raylabel.config import RunConfig
+from raylabel.errors import RunFailed
+from raylabel.stages.base import Stage, Step, blame_neurons, halve_neurons, with_controls
+from raylabel.stages.identify_stage import open_background
+from raylabel.stages.results import SOURCE, label
+from raylabel.stages.score import Labelled, Leak, Trial, Unit, other_labels, refuse_leak, trial
+from raylabel.stages.score_local import judge_odds, likeness, said
+from raylabel.stages.score_rows import CONCEPT, UNASSISTED, agreement_row, of_windows, of_words, row_of, sort_rows
+from raylabel.stages.units import wanted_units
+from raylabel.store.plan import Unit as WorkUnit
+from raylabel.store.rundir import RunDir
+from raylabel.store.shards import Output, Shard
+from raylabel.tables import from_rows
+
+NEURONS = 64
+"""Neurons of a work unit."""
+Row = dict[str, Any]
+Labels = dict[str, dict[Unit, str]]
+"""By label source and unit."""
+
+
+class Scorer:
+    """The scorers of a run, each opened when it is first needed."""
+
+    def __init__(self, run: RunDir, config: RunConfig) -> None:
+        self.run, self.config = run, config
+        self.facts = run.resolved
+
+    @cached_property
+    def judge(self) -> Any:
+        """The judge, if it beats chance."""
+        from raylabel.models.judge import load_judge
+
+        wanted = self.config.optimize
+        device = self.facts["device"].split(":")[0]
+        found = load_judge(wanted.judge, template=wanted.template, device=device)
+        found.check().require(wanted.judge)
+        return found
+
+    @cached_property
+    def background(self) -> Any:
+        """Word vectors of the run's text."""
+        return open_background(self.run, self.config)
+
+    def trials(self, run: RunDir, layer: int, neurons: tuple[int, int], units: set[Unit]) -> dict[Unit, Trial]:
+        """The tests of units in a range of a layer; `run` is the run or its controls. Units that never fire have none."""
+        special = set(self.facts["special_ids"])
+        columns = ["neuron", "polarity", "max", *(["control"] if run.in_controls else [])]
+        numbers = run.table("statistics", layer, neurons, columns=columns).to_pylist()
+        largest = {unit_of(row): row["max"] for row in numbers}
+        exemplars: dict[Unit, list[Row]] = {}
+        wanted = pc.field("neuron").isin(sorted({unit[1] for unit in units}))
+        for row in run.table("exemplars", layer, neurons, filter=wanted).to_pylist():
+            exemplars.setdefault(unit_of(row), []).append(row)
+        options = {"size": self.config.score.window, "negatives": self.config.score.negatives, "seed": self.config.run.seed}
+        return {
+            unit: trial(unit, exemplars[unit], largest[unit], special=special, **options)
+            for unit in sorted(units, key=order)
+            if unit in exemplars and (largest.get(unit) or 0.0) > 0
+        }
+
+    def rows(self, layer: int, items: list[Labelled]) -> tuple[list[Row], list[Row]]:
+        """(rows of `scores`, failures) of labelled units of a layer."""
+        seed, rows, failures = self.config.run.seed, list[Row](), list[Row]()
+        wanted = self.config.score.scorers
+        if "judge" in wanted:
+            odds = judge_odds(self.judge, [(item.trial.windows, item.labels) for item in items])
+            rows += [
+                row_of(item, "judge", of_words(item, said(got)), seed, layer) for item, got in zip(items, odds, strict=True)
+            ]
+            rows += self._agreements(layer, items, odds)
+        if "embedding" in wanted:
+            for item in items:
+                got = likeness(self.background, item.trial.whole(), item.labels)
+                rows.append(row_of(item, "embedding", of_windows(item, got, graded=True), seed, layer))
+        return rows, failures
+
+    def _agreements(self, layer: int, items: list[Labelled], odds: list[np.ndarray]) -> list[Row]:
+        concepts = {item.trial.unit: got[0] for item, got in zip(items, odds, strict=True) if item.source == CONCEPT}
+        found = [
+            agreement_row(item, got, concepts[item.trial.unit], self.config.run.seed, layer)
+            for item, got in zip(items, odds, strict=True)
+            if item.source not in (CONCEPT, *UNASSISTED) and item.trial.unit in concepts
+        ]
+        return [row for row in found if row is not None]
+
+
+def unit_of(row: Row) -> Unit:
+    """The unit that a row of a table is about."""
+    return row.get("control"), row["neuron"], row["polarity"]
+
+
+def order(unit: Unit) -> tuple[Any, ...]:
+    """Units in the order of the tables."""
+    return unit[1], unit[0] or "", -unit[2]
+
+
+def labels_of(run: RunDir, layer: int) -> Labels:
+    """All labels of a layer's units, or of its controls. Empty ones are none."""
+    found: Labels = {}
+    for table, column in (("labels", "label"), ("concepts", "label")):
+        if not RunDir(run.files.url).complete(table):
+            continue
+        for row in run.table(table, layer).to_pylist():
+            text = (row[column] or "").strip()
+            source = row["explainer"] if table == "labels" else CONCEPT
+            if text:
+                found.setdefault(source, {})[unit_of(row)] = text
+    if set(found) - {CONCEPT}:
+        return found
+    named = {}
+    for row in run.table("candidates", layer, filter=pc.field("flagged")).to_pylist():
+        if row["mat_words"]:
+            named[unit_of(row)] = label(row["mat_words"], row["families"], row["kind"])[0]
+    return {**found, SOURCE: named} if named else found
+
+
+class ScoreWorker:
+    """`scores` of a range of neurons of a layer, or of its controls."""
+
+    def __init__(self, url: str) -> None:
+        self.run = RunDir(url)
+        self.config = RunConfig.model_validate(self.run.config)
+        self.scorer = Scorer(self.run, self.config)
+
+    def __call__(self, unit: WorkUnit) -> Output:
+        layer, controls = unit.key["layer"], unit.key["controls"]
+        neurons = unit.key["first"], unit.key["last"]
+        run = self.run.controls if controls else self.run
+        labels = labels_of(run, layer)
+        inside = {u for named in labels.values() for u in named if neurons[0] <= u[1] < neurons[1]}
+        trials = self.scorer.trials(run, layer, neurons, inside)
+        seed = self.config.run.seed
+        items = [
+            Labelled(found, source, labels[source][u], other_labels(u, labels[source], seed))
+            for u, found in trials.items() for source in sorted(labels) if u in labels[source]
+        ]  # fmt: skip
+        rows, failures = self.scorer.rows(layer, items)
+        table = from_rows(sort_rows(rows), "scores", bool(controls))
+        return Output([Shard("scores", table, layer, bool(controls))], failures=failures)
+
+
+def refuse_leaks(run: RunDir) -> None:
+    """RunFailed if a document has samples in both splits: a label would be tested on what it was made from."""
+    table = run.table("samples", columns=["document", "split"])
+    explain = pc.equal(table["split"], "explain")
+    documents = [pc.unique(table["document"].filter(mask)).to_pylist() for mask in (explain, pc.invert(explain))]
+    try:
+        refuse_leak(*documents)
+    except Leak as error:
+        raise RunFailed(f"score: {error}") from None
+
+
+def _steps(run: RunDir, config: RunConfig) -> list[Step]:
+    refuse_leaks(run)
+    keys = with_controls(wanted_units(config, run.resolved), config.controls, NEURONS)
+    return [Step("tests", keys, ScoreWorker, divide=halve_neurons, blame=blame_neurons, model=True)]
+
+
+SCORE = Stage(
+    name="score", version=1, needs=("scan", "identify", "tokenize"), tables=("scores",), steps=_steps,
+    uses=("describe", "optimize"),
+    reads=("score", "optimize.judge", "optimize.template", "describe.model", "run.seed", "run.format"),
+)  # fmt: skip
