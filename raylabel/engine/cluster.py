@@ -32,6 +32,7 @@ from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
+from raylabel.engine import limits
 from raylabel.engine.execute import Fatal, UnitFailed, divided, execute, opened, reason
 from raylabel.errors import BadInput
 from raylabel.models.loading import gpus_needed
@@ -73,6 +74,7 @@ class RayPool:
         self.workers = workers or self.gpus or max(1, self.cpus)
         self._asked, self._subject = workers, subject
         self._idle: dict[bool, list[Any]] = {}
+        self._limits: Any = None
 
     @cached_property
     def share(self) -> float:
@@ -101,6 +103,8 @@ class RayPool:
 
         Raises UnitFailed after the last attempt at a unit that cannot be cut.
         """
+        if step.limited and self._limits is None:
+            self._limits = limits.keeper()
         if issubclass(step.worker, Chain):
             self._release()
             units = self._pipeline(step, units, files, format, done)
@@ -123,7 +127,7 @@ class RayPool:
         new = ray.remote(num_cpus=LIGHT if on_gpu else 1, num_gpus=self.share if on_gpu else 0)(_Actor).remote
         # Actors outlive their step: the imports and the model they hold serve the next one.
         idle = self._idle.setdefault(on_gpu, [])
-        shared = ray.put((replace(step, keys=[]), files.url, format))
+        shared = ray.put((replace(step, keys=[]), files.url, format, self._limits))
         missing = min(self.holders if on_gpu else self.workers, len(units)) - len(idle)
         idle += [new() for _ in range(missing)]
         queue = deque(units)
@@ -206,6 +210,7 @@ class RayPool:
                 _Link,
                 fn_constructor_kwargs={
                     "step": replace(step, keys=[]), "index": index, "url": files.url, "format": format, "attempts": attempts,
+                    "limiters": self._limits,
                 },
                 batch_size=1, batch_format="pyarrow", num_cpus=LIGHT,
                 num_gpus=self.share or None if holds_model else None,
@@ -244,25 +249,27 @@ class _Actor:
         self.step: Any = None
 
     def run(self, shared: Any, unit: str, attempt: int, fatal: Fatal = ()) -> str:
-        step, url, format = shared
-        self._open(step, url)
+        step, url, format, limiters = shared
+        self._open(step, url, limiters)
         entry = execute(self.worker, step, Files(url), Unit.from_json(unit), attempt, format, fatal)
         return json.dumps(entry)
 
     def probe(self, shared: Any, unit: str) -> None:
         """Runs a unit for nothing but to see whether this process lives."""
-        step, url, _ = shared
-        self._open(step, url)
+        step, url, _, limiters = shared
+        self._open(step, url, limiters)
         divided(self.worker, step, Unit.from_json(unit))
 
-    def _open(self, step: Step, url: str) -> None:
+    def _open(self, step: Step, url: str, limiters: Any) -> None:
         if self.step != (step.name, step.worker, url):
+            limits.install(limiters if step.limited else None)
             self.worker = opened(step, url)
             self.step = (step.name, step.worker, url)
 
 
 class _Link:
-    def __init__(self, step: Step, index: int, url: str, format: str, attempts: dict[str, int]) -> None:
+    def __init__(self, step: Step, index: int, url: str, format: str, attempts: dict[str, int], limiters: Any) -> None:
+        limits.install(limiters if step.limited else None)
         self.files, self.format, self.attempts = Files(url), format, attempts
         self.open = lambda: step.worker.links[index](url)
         self.link: Any = None

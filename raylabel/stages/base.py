@@ -58,6 +58,7 @@ class Step:
         divide: cuts a key in two when its unit fails; None where a unit cannot be cut, and its failure ends the run.
         blame: failure rows of a key that can be cut no further.
         model: whether the worker holds a model, and so a GPU where there is one.
+        limited: whether the worker takes turns at a limiter (`raylabel.limits`).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Step:
     divide: Callable[[Key], list[Key]] | None = None
     blame: Callable[[Key], list[dict[str, Any]]] | None = None
     model: bool = False
+    limited: bool = False
 
 
 @dataclass(frozen=True)
