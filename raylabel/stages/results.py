@@ -134,7 +134,8 @@ class ResultsWorker:
         layer = unit.key["layer"]
         neurons = wanted_units(self.config, self.facts)[layer]
         site = self.facts["sites"][layer]
-        failures = [f for f in failure_rows(self.run) if f.get("layer") == layer]
+        # A label that could not be tested says nothing about the unit.
+        failures = [f for f in failure_rows(self.run) if f.get("layer") == layer and f["stage"] != "score"]
         wanted = self.config.controls
         kinds = {"decoy": wanted.decoys, "null": wanted.nulls, "planted": wanted.planted}
         failed = {

@@ -111,9 +111,12 @@ class Lookup:
 
     def word(self, window: Window) -> float:
         """Of the strongest token of the word at the focus."""
-        low, high = window.span
-        inside = [a < high and b > low for a, b in token_spans(window.tokens)]
-        return float(self.tokens(window)[inside or slice(None)].max(initial=0.0)) if any(inside) else self.window(window)
+        return self.at(window, window.span)
+
+    def at(self, window: Window, span: tuple[int, int]) -> float:
+        """Of the strongest token of a word."""
+        inside = [a < span[1] and b > span[0] for a, b in token_spans(window.tokens)]
+        return float(self.tokens(window)[inside].max(initial=0.0))
 
 
 class Leak(ValueError):

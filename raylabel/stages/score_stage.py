@@ -18,8 +18,10 @@ from raylabel.errors import RunFailed
 from raylabel.stages.base import Stage, Step, blame_neurons, halve_neurons, with_controls
 from raylabel.stages.identify_stage import open_background
 from raylabel.stages.results import SOURCE, label
-from raylabel.stages.score import Labelled, Leak, Trial, Unit, other_labels, refuse_leak, trial
+from raylabel.stages.score import Labelled, Leak, Trial, Unit, around, other_labels, refuse_leak, trial
+from raylabel.stages.score_llm import ASKED, Asking, Spent, ask_all
 from raylabel.stages.score_local import judge_odds, likeness, said
+from raylabel.stages.score_measure import PEAKS, Negatives, Wish
 from raylabel.stages.score_rows import CONCEPT, UNASSISTED, agreement_row, of_windows, of_words, row_of, sort_rows
 from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit as WorkUnit
@@ -40,6 +42,8 @@ class Scorer:
     def __init__(self, run: RunDir, config: RunConfig) -> None:
         self.run, self.config = run, config
         self.facts = run.resolved
+        self.spent = Spent()
+        """Of the last call of `rows`."""
 
     @cached_property
     def judge(self) -> Any:
@@ -53,9 +57,21 @@ class Scorer:
         return found
 
     @cached_property
+    def client(self) -> Any:
+        """The language model of `describe`."""
+        from raylabel.llm.client import open_client
+
+        return open_client(self.run, self.config)
+
+    @cached_property
     def background(self) -> Any:
         """Word vectors of the run's text."""
         return open_background(self.run, self.config)
+
+    @cached_property
+    def negatives(self) -> Negatives | None:
+        """What measures silent windows; None where the exemplars are not the subject's own over a corpus."""
+        return Negatives(self.run, self.config, self.background) if self.config.exemplars.source == "corpus" else None
 
     def trials(self, run: RunDir, layer: int, neurons: tuple[int, int], units: set[Unit]) -> dict[Unit, Trial]:
         """The tests of units in a range of a layer; `run` is the run or its controls. Units that never fire have none."""
@@ -67,11 +83,12 @@ class Scorer:
         wanted = pc.field("neuron").isin(sorted({unit[1] for unit in units}))
         for row in run.table("exemplars", layer, neurons, filter=wanted).to_pylist():
             exemplars.setdefault(unit_of(row), []).append(row)
+        alive = [u for u in sorted(units, key=order) if u in exemplars and (largest.get(u) or 0.0) > 0]
+        measured = {} if self.negatives is None else self.negatives(layer, [wish(u, exemplars[u], largest[u]) for u in alive])
         options = {"size": self.config.score.window, "negatives": self.config.score.negatives, "seed": self.config.run.seed}
         return {
-            unit: trial(unit, exemplars[unit], largest[unit], special=special, **options)
-            for unit in sorted(units, key=order)
-            if unit in exemplars and (largest.get(unit) or 0.0) > 0
+            unit: trial(unit, exemplars[unit], largest[unit], special=special, measured=measured.get(unit, ()), **options)
+            for unit in alive
         }
 
     def rows(self, layer: int, items: list[Labelled]) -> tuple[list[Row], list[Row]]:
@@ -88,6 +105,14 @@ class Scorer:
             for item in items:
                 got = likeness(self.background, item.trial.whole(), item.labels)
                 rows.append(row_of(item, "embedding", of_windows(item, got, graded=True), seed, layer))
+        if items and set(wanted) & set(ASKED):
+            asking = Asking(self.client, self.config.score.packing, seed)
+            for item, scorer, got in ask_all(asking, items, wanted):
+                if isinstance(got, str):
+                    failures.append(failure(layer, item, f"{scorer} of {item.source!r}: {got}"))
+                else:
+                    rows.append(row_of(item, scorer, got, seed, layer))
+            self.spent = asking.spent
         return rows, failures
 
     def _agreements(self, layer: int, items: list[Labelled], odds: list[np.ndarray]) -> list[Row]:
@@ -100,9 +125,25 @@ class Scorer:
         return [row for row in found if row is not None]
 
 
+def wish(unit: Unit, rows: list[Row], largest: float) -> Wish:
+    """What hard negatives of a unit hold."""
+    top = [r for r in rows if r["split"] == "explain" and r["sampling"] == "top"]
+    top = sorted(top, key=lambda r: r["rank"])
+    ids = [r["token_ids"][r["position"]] for r in top]
+    words = [around(r, len(r["tokens"]), (), 0).word for r in top]
+    return Wish(unit, largest, list(dict.fromkeys(ids))[:PEAKS], list(dict.fromkeys(words))[:PEAKS])
+
+
 def unit_of(row: Row) -> Unit:
     """The unit that a row of a table is about."""
     return row.get("control"), row["neuron"], row["polarity"]
+
+
+def failure(layer: int, item: Labelled, why: str) -> Row:
+    """A row for `failures`."""
+    control, neuron, polarity = item.trial.unit
+    row: Row = {"layer": layer, "neuron": neuron, "polarity": polarity, "reason": why}
+    return {**row, "control": control} if control is not None else row
 
 
 def order(unit: Unit) -> tuple[Any, ...]:
@@ -152,7 +193,8 @@ class ScoreWorker:
         ]  # fmt: skip
         rows, failures = self.scorer.rows(layer, items)
         table = from_rows(sort_rows(rows), "scores", bool(controls))
-        return Output([Shard("scores", table, layer, bool(controls))], failures=failures)
+        notes = {k: v for k, v in vars(self.scorer.spent).items() if v}
+        return Output([Shard("scores", table, layer, bool(controls))], failures=failures, notes=notes)
 
 
 def refuse_leaks(run: RunDir) -> None:
