@@ -94,6 +94,8 @@ class Scorer:
     def rows(self, layer: int, items: list[Labelled]) -> tuple[list[Row], list[Row]]:
         """(rows of `scores`, failures) of labelled units of a layer."""
         seed, rows, failures = self.config.run.seed, list[Row](), list[Row]()
+        if not items:
+            return rows, failures
         wanted = self.config.score.scorers
         if "judge" in wanted:
             odds = judge_odds(self.judge, [(item.trial.windows, item.labels) for item in items])
@@ -105,7 +107,7 @@ class Scorer:
             for item in items:
                 got = likeness(self.background, item.trial.whole(), item.labels)
                 rows.append(row_of(item, "embedding", of_windows(item, got, graded=True), seed, layer))
-        if items and set(wanted) & set(ASKED):
+        if set(wanted) & set(ASKED):
             asking = Asking(self.client, self.config.score.packing, seed)
             for item, scorer, got in ask_all(asking, items, wanted):
                 if isinstance(got, str):

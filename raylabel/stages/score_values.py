@@ -147,8 +147,10 @@ def _outcome(
     draw = np.random.default_rng(seed)
     weights = draw.multinomial(documents, np.full(documents, 1 / documents), RESAMPLES).astype(np.float64)
     drawn = resampled(weights, draw)
+    rest = drawn[1:][~np.isnan(values[1:])]
+    there = ~np.isnan(rest)
     with np.errstate(invalid="ignore"):
-        found = correct(drawn[0], np.nanmean(drawn[1:][~np.isnan(values[1:])], axis=0))
+        found = correct(drawn[0], np.where(there, rest, 0.0).sum(0) / there.sum(0))
     found = found[np.isfinite(found)]
     if len(found) < RESAMPLES // 2:
         return Value(value, shuffled, corrected, n=n, n_failed=missing)
