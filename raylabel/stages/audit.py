@@ -92,7 +92,8 @@ def _layer(scorer: Scorer, layer: int, given: list[Given]) -> tuple[list[Row], l
     for one in given:
         unit = (None, one.neuron, one.polarity)
         if unit not in trials:
-            wrong.append(Unreadable(one.place, f"the run has no exemplars of layer {layer}, neuron {one.neuron}, {one.polarity:+d}"))
+            missing = f"the run has no exemplars of layer {layer}, neuron {one.neuron}, polarity {one.polarity:+d}"
+            wrong.append(Unreadable(one.place, missing))
             continue
         others = other_labels(unit, {**theirs, unit: one.label}, seed)
         if len(others) < SHUFFLED:

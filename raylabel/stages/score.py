@@ -107,7 +107,7 @@ class Lookup:
 
     def window(self, window: Window) -> float:
         """Of the strongest token."""
-        return float(self.tokens(window).max(initial=0.0))
+        return max((self.shares.get(i, 0.0) for i in window.ids), default=0.0)
 
     def word(self, window: Window) -> float:
         """Of the strongest token of the word at the focus."""
@@ -115,8 +115,8 @@ class Lookup:
 
     def at(self, window: Window, span: tuple[int, int]) -> float:
         """Of the strongest token of a word."""
-        inside = [a < span[1] and b > span[0] for a, b in token_spans(window.tokens)]
-        return float(self.tokens(window)[inside].max(initial=0.0))
+        inside = (a < span[1] and b > span[0] for a, b in token_spans(window.tokens))
+        return max((self.shares.get(i, 0.0) for i, there in zip(window.ids, inside, strict=True) if there), default=0.0)
 
 
 class Leak(ValueError):
@@ -195,10 +195,12 @@ def silent_pieces(
     found = []
     values = np.array(row["activations"], np.float64)
     tokens = without_special(row["tokens"], row["token_ids"], special)
-    for i, low in enumerate(range(0, len(tokens), size)):
-        high = min(low + size, len(tokens))
-        if high - low < LEAST_TOKENS:
-            break
+    # All as long as those around peaks: a length would tell them apart.
+    size = min(size, len(tokens))
+    many = len(tokens) // size if size >= LEAST_TOKENS else 0
+    first = draw % (len(tokens) - many * size + 1)
+    for i in range(many):
+        low, high = first + i * size, first + (i + 1) * size
         still = [t for t in range(low, high) if values[t] < SILENT * largest and tokens[t].strip()]
         worded = [t for t in still if any(c.isalnum() for c in tokens[t])] or still
         if not worded:
@@ -229,7 +231,7 @@ def fit_lookup(rows: Sequence[Row], windows: Sequence[Window], largest: float) -
                 seen.add(place)
                 sums.setdefault(i, []).append(max(value or 0.0, 0.0))
     scale = max(largest, 1e-30)
-    table = Lookup({i: float(np.mean(found)) / scale for i, found in sums.items()})
+    table = Lookup({i: sum(found) / len(found) / scale for i, found in sums.items()})
     whole = [w for w in windows if w.active or w.silent]
     return Lookup(
         table.shares,
