@@ -76,7 +76,6 @@ class RunConfig(Section):
 
 UNUSED = {
     "optimize": "the concept search is not part of this version",
-    "describe": "labels are built from the MAT words in this version",
 }
 """Keys that are part of the configuration but that nothing reads yet, and why."""
 
@@ -160,6 +159,9 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "model_type":
         return f"{key}: expected keys and values below it, not {first['input']!r}"
     wanted = dict.fromkeys(_wish(e) for e in errors if _key(e["loc"]) == key or _key(e["loc"]).startswith(f"{key}."))
+    if key == "describe.api_key_env":
+        # What was given may be the key itself.
+        return f"{key}: should be the name of an environment variable, not the key"
     return f"{key}: should be {' or '.join(wanted)}, not {first['input']!r}"
 
 

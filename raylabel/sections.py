@@ -161,21 +161,35 @@ class OptimizeConfig(Section):
 
 class DescribeConfig(Section):
     explainer: str = "built-in"
-    """`built-in`, or an explainer model's name for the table."""
+    """`built-in`, or the name the explainer has in the tables; it then asks `model` at `base_url`."""
+    units: Literal["verified", "flagged", "all"] = "verified"
+    """Units the explainer is asked about; all others with exemplars get built-in labels."""
     prompt: Literal["phrases", "mats"] = "phrases"
-    """What the explainer sees."""
+    """What the explainer sees: marked exemplars, or the list of MATs as originally."""
     exemplars: Positive = 10
     """Exemplars shown."""
     model: str | None = None
     """Model name at the server."""
     base_url: str | None = None
-    """OpenAI-compatible server."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key."""
-    budget_usd: float | None = None
-    """Money to spend at most."""
-    budget_tokens: int | None = None
-    """Tokens to spend at most."""
+    """OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; null is OpenAI's own."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key, on every machine that runs workers."""
+    timeout: Annotated[float, Field(gt=0)] = 120
+    """Seconds a request may take."""
+    concurrency: Positive = 64
+    """Requests of a worker in flight at most; fewer while the server is slow or busy."""
+    requests_per_minute: Positive | None = None
+    """Limit of the whole cluster."""
+    tokens_per_minute: Positive | None = None
+    """Limit of the whole cluster, prompt and answer together."""
+    usd_per_million_prompt: Annotated[float, Field(ge=0)] | None = None
+    """Price of a million prompt tokens."""
+    usd_per_million_completion: Annotated[float, Field(ge=0)] | None = None
+    """Price of a million answered tokens."""
+    budget_usd: Annotated[float, Field(ge=0)] | None = None
+    """Money the run spends at most on labels and scores; needs both prices."""
+    budget_tokens: NonNegative | None = None
+    """Tokens the run spends at most on labels and scores."""
 
 
 class ScoreConfig(Section):

@@ -43,7 +43,7 @@ def row(sampling: str, split: str, rank: int, document: int, words: list[str], v
     }  # fmt: skip
 
 
-def rows(listed: list[str], seed: int, tops: int = 10, randoms: int = 12) -> list[dict[str, Any]]:
+def rows(listed: list[str], seed: int, tops: int = 10, randoms: int = 20) -> list[dict[str, Any]]:
     """Exemplars of a unit that fires on `listed`: filler and words of all lists around a peak, documents apart by split."""
     draw = np.random.default_rng(seed)
     mine = set(listed)
