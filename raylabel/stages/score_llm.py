@@ -1,6 +1,6 @@
 """score by a language model: asks, and gathers what was answered.
 
-`ask_all` takes labelled units and the client, and gives for each (unit, scorer) a Prediction, or the reason why there is
+`ask_all` takes labelled units and gives for each (unit, scorer) a Prediction, or the reason why there is
 none. All questions run at once; the client keeps its own limits. A question without an answer leaves its windows unscored;
 only where nothing at all was answered has the unit failed.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from raylabel.config import RunConfig
+from raylabel.llm.answers import Rejected
 from raylabel.stages.score import Labelled, Window
 from raylabel.stages.score_prompts import (
     Activations,
@@ -30,6 +32,7 @@ from raylabel.stages.score_prompts import (
     simulation_messages,
 )  # fmt: skip
 from raylabel.stages.score_rows import Prediction
+from raylabel.store.rundir import RunDir
 
 ASKED = ("detection", "fuzzing", "simulation")
 """Scorers that need a language model."""
@@ -37,65 +40,52 @@ FAILED = "no answer"
 
 
 @dataclass
-class Spent:
-    """What questions took, those answered from the cache included."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    usd: float = 0.0
-    unanswered: int = 0
-
-    def add(self, answer: Any) -> None:
-        """Counts an answer."""
-        self.requests += 1
-        self.prompt_tokens += answer.prompt_tokens
-        self.completion_tokens += answer.completion_tokens
-        self.usd += answer.usd or 0.0
-
-
-@dataclass
 class Asking:
-    """The client, how it is asked, and what that took."""
+    """The client and how it is asked."""
 
     client: Any
     packing: str
     seed: int
-    spent: Spent = field(default_factory=Spent)
 
-    async def ask(self, messages: list[dict[str, str]], schema: Any, tokens: int, logprobs: bool = False) -> Any:
+    async def ask(
+        self, messages: list[dict[str, str]], schema: Any, tokens: int, logprobs: bool = False, check: Any = None
+    ) -> Any:  # fmt: skip
         """The Answer, or the reason (a str) why there is none."""
         from raylabel.llm.client import AskFailed
 
         try:
-            answer = await self.client.ask(messages, schema=schema, max_tokens=tokens, logprobs=logprobs)
+            return await self.client.ask(messages, schema=schema, max_tokens=tokens, logprobs=logprobs, check=check)
         except AskFailed as error:
-            self.spent.unanswered += 1
             return error.reason or FAILED
-        self.spent.add(answer)
-        return answer
 
 
 def ask_all(
-    asking: Asking, items: Sequence[Labelled], scorers: Sequence[str]
-) -> list[tuple[Labelled, str, Prediction | str]]:  # fmt: skip
-    """(labelled unit, scorer, its Prediction or why there is none) for all units and those scorers that ask.
+    run: RunDir, config: RunConfig, items: Sequence[Labelled]
+) -> tuple[list[tuple[Labelled, str, Prediction | str]], dict[str, Any]]:  # fmt: skip
+    """(labelled unit, scorer, its Prediction or why there is none) for all units and those scorers that ask, and the tally.
 
     Raises BudgetSpent; what was answered until then is in the client's cache.
     """
-    jobs: list[tuple[Labelled, str]] = [(item, scorer) for scorer in ASKED if scorer in scorers for item in items]
+    from raylabel.llm.client import open_client
 
-    async def run() -> list[Prediction | str]:
+    jobs: list[tuple[Labelled, str]] = [(i, scorer) for scorer in ASKED if scorer in config.score.scorers for i in items]
+
+    async def ask() -> tuple[list[Prediction | str], dict[str, Any]]:
+        asking = Asking(open_client(run, config), config.score.packing, config.run.seed)
         tasks = [asyncio.create_task(_one(asking, item, scorer)) for item, scorer in jobs]
         try:
-            return list(await asyncio.gather(*tasks))
+            found = list(await asyncio.gather(*tasks))
         finally:
-            # One that raised stops those that wait; what is under way is paid for and let to its end.
+            # One that raised stops those that wait.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            tally = asking.client.tally()
+            await asking.client.close()
+        return found, tally
 
-    return [(*job, got) for job, got in zip(jobs, asyncio.run(run()), strict=True)]
+    found, tally = asyncio.run(ask())
+    return [(*job, got) for job, got in zip(jobs, found, strict=True)], tally
 
 
 def _one(asking: Asking, item: Labelled, scorer: str) -> Coroutine[Any, Any, Prediction | str]:
@@ -120,12 +110,18 @@ async def _packed(asking: Asking, item: Labelled, scorer: str, see: Shown) -> tu
     # The own label stands at any place.
     place = np.random.default_rng([asking.seed, *item.label.encode()[:16], item.trial.unit[1]]).permutation(len(labels))
     order = [labels[i] for i in place]
-    got = await asking.ask(packed_messages(scorer, order, see.texts), Fits, 64 + 12 * len(see.texts))
+    shape = len(labels), len(see.texts)
+
+    def check(given: Fits) -> None:
+        if np.isnan(read_packed(given.answers, *shape)).all():
+            raise Rejected("no line of it reads number:letters")
+
+    got = await asking.ask(packed_messages(scorer, order, see.texts), Fits, 64 + 12 * len(see.texts), check=check)
     if isinstance(got, str):
         return np.full((len(labels), len(see.texts)), np.nan), got
-    answers = np.empty((len(labels), len(see.texts)))
-    answers[place] = read_packed(got.parsed.answers, len(labels), len(see.texts))
-    return answers, "the answer could not be read"
+    answers = np.empty(shape)
+    answers[place] = read_packed(got.parsed.answers, *shape)
+    return answers, None
 
 
 async def _singly(asking: Asking, item: Labelled, scorer: str, see: Shown) -> tuple[np.ndarray, str | None]:
@@ -168,8 +164,13 @@ async def _simulate(asking: Asking, item: Labelled) -> Prediction | str:
 
 async def _simulation(asking: Asking, label: str, windows: list[Window]) -> np.ndarray | str:
     messages, words = simulation_messages(label, windows)
-    got = await asking.ask(messages, Activations, 64 + 8 * len(words), logprobs=True)
+
+    def check(given: Activations) -> None:
+        if read_simulation(given.answers, words, windows, {}) is None:
+            raise Rejected("no line of it reads number:activation")
+
+    got = await asking.ask(messages, Activations, 64 + 8 * len(words), logprobs=True, check=check)
     if isinstance(got, str):
         return got
     found = read_simulation(got.parsed.answers, words, windows, expected_values(got.logprobs))
-    return "no activation could be read" if found is None else found
+    return FAILED if found is None else found

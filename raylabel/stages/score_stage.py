@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from raylabel.config import RunConfig
-from raylabel.errors import RunFailed
+from raylabel.errors import BadInput, RunFailed
 from raylabel.stages.base import Stage, Step, blame_neurons, halve_neurons, with_controls
 from raylabel.stages.identify_stage import open_background
 from raylabel.stages.results import SOURCE, label
 from raylabel.stages.score import Labelled, Leak, Trial, Unit, around, other_labels, refuse_leak, trial
-from raylabel.stages.score_llm import ASKED, Asking, Spent, ask_all
+from raylabel.stages.score_llm import ASKED, ask_all
 from raylabel.stages.score_local import judge_odds, likeness, said
 from raylabel.stages.score_measure import PEAKS, Negatives, Wish
 from raylabel.stages.score_rows import CONCEPT, UNASSISTED, agreement_row, of_windows, of_words, row_of, sort_rows
@@ -42,8 +42,8 @@ class Scorer:
     def __init__(self, run: RunDir, config: RunConfig) -> None:
         self.run, self.config = run, config
         self.facts = run.resolved
-        self.spent = Spent()
-        """Of the last call of `rows`."""
+        self.tally: Row = {}
+        """What the last call of `rows` asked of a language model, and what that took."""
 
     @cached_property
     def judge(self) -> Any:
@@ -55,13 +55,6 @@ class Scorer:
         found = load_judge(wanted.judge, template=wanted.template, device=device)
         found.check().require(wanted.judge)
         return found
-
-    @cached_property
-    def client(self) -> Any:
-        """The language model of `describe`."""
-        from raylabel.llm.client import open_client
-
-        return open_client(self.run, self.config)
 
     @cached_property
     def background(self) -> Any:
@@ -94,6 +87,7 @@ class Scorer:
     def rows(self, layer: int, items: list[Labelled]) -> tuple[list[Row], list[Row]]:
         """(rows of `scores`, failures) of labelled units of a layer."""
         seed, rows, failures = self.config.run.seed, list[Row](), list[Row]()
+        self.tally = {}
         if not items:
             return rows, failures
         wanted = self.config.score.scorers
@@ -108,13 +102,12 @@ class Scorer:
                 got = likeness(self.background, item.trial.whole(), item.labels)
                 rows.append(row_of(item, "embedding", of_windows(item, got, graded=True), seed, layer))
         if set(wanted) & set(ASKED):
-            asking = Asking(self.client, self.config.score.packing, seed)
-            for item, scorer, got in ask_all(asking, items, wanted):
+            answered, self.tally = ask_all(self.run, self.config, items)
+            for item, scorer, got in answered:
                 if isinstance(got, str):
                     failures.append(failure(layer, item, f"{scorer} of {item.source!r}: {got}"))
                 else:
                     rows.append(row_of(item, scorer, got, seed, layer))
-            self.spent = asking.spent
         return rows, failures
 
     def _agreements(self, layer: int, items: list[Labelled], odds: list[np.ndarray]) -> list[Row]:
@@ -195,8 +188,7 @@ class ScoreWorker:
         ]  # fmt: skip
         rows, failures = self.scorer.rows(layer, items)
         table = from_rows(sort_rows(rows), "scores", bool(controls))
-        notes = {k: v for k, v in vars(self.scorer.spent).items() if v}
-        return Output([Shard("scores", table, layer, bool(controls))], failures=failures, notes=notes)
+        return Output([Shard("scores", table, layer, bool(controls))], failures=failures, notes=self.scorer.tally)
 
 
 def refuse_leaks(run: RunDir) -> None:
@@ -212,8 +204,13 @@ def refuse_leaks(run: RunDir) -> None:
 
 def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     refuse_leaks(run)
+    asking = [name for name in config.score.scorers if name in ASKED]
+    if asking and not config.describe.model:
+        raise BadInput(
+            f"score.scorers: {asking[0]} asks a language model; set describe.model and describe.base_url, or leave it out"
+        )
     keys = with_controls(wanted_units(config, run.resolved), config.controls, NEURONS)
-    return [Step("tests", keys, ScoreWorker, divide=halve_neurons, blame=blame_neurons, model=True)]
+    return [Step("tests", keys, ScoreWorker, divide=halve_neurons, blame=blame_neurons, model=True, limited=True)]
 
 
 SCORE = Stage(

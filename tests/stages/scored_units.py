@@ -12,9 +12,11 @@ import torch
 from raylabel.stages.score import Trial, Unit, trial
 from raylabel.words.lists import load_lists
 
-FILLER = "the of and to in a is that it was for on are with as be at one have this from or had by word but what some we out".split()
+_FILLER = "the of and to in a is that it was for on are with as be at one have this from or had by word but what some we out"
+FILLER = _FILLER.split(" ")
 LENGTH = 40
-LISTS = dict([(name, words) for name, words in load_lists("built-in").items() if len(words) >= 12][:50])
+_LONG = [(name, words) for name, words in load_lists("built-in").items() if len(words) >= 12]
+LISTS = dict(_LONG[:50])
 VOCABULARY = sorted({*FILLER, *(word for words in LISTS.values() for word in words)})
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
@@ -33,7 +35,9 @@ def rates(truth: Any, answers: Any) -> float:
     return hits[0] + hits[1] - 1
 
 
-def row(sampling: str, split: str, rank: int, document: int, words: list[str], values: list[float], **more: Any) -> dict[str, Any]:
+def row(
+    sampling: str, split: str, rank: int, document: int, words: list[str], values: list[float], **more: Any
+) -> dict[str, Any]:  # fmt: skip
     """An exemplar whose tokens are words with a space before them."""
     at = int(np.argmax(values))
     return {
