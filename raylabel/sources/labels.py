@@ -95,7 +95,7 @@ def _file(path: Path, name: str) -> Iterator[Given | Unreadable]:
             yield from _row(row, f"{name}, row {number}")
         return
     if isinstance(whole, dict):
-        yield from _row(whole, name)
+        yield from _row(whole, f"{name}, line 1")
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
