@@ -190,7 +190,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Print again until everything is done.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Per stage: done, pending, failed, rows, seconds, money."""
+    """Per stage: done, pending, failed, rows, seconds, tokens and money of an LLM."""
     from raylabel.report.status import broken_files, stage_rows
     from raylabel.store.rundir import RunDir
 
@@ -200,10 +200,10 @@ def status(
         if as_json:
             print(json.dumps(rows, indent=1))
         else:
-            print(f"{'stage':<10}{'done':>6}{'pending':>9}{'failed':>8}{'rows':>12}{'seconds':>9}{'money':>7}  state")
+            print(f"{'stage':<9}{'done':>6}{'pending':>9}{'failed':>8}{'rows':>12}{'seconds':>9}{'tokens':>9}{'money':>9}  state")
             for r in rows:
-                print(f"{r['stage']:<10}{r['done']:>6}{r['pending']:>9}{r['failed']:>8}{r['rows']:>12,}"
-                      f"{r['seconds']:>9.1f}{r['money']:>7.2f}  {r['state']}")  # fmt: skip
+                print(f"{r['stage']:<9}{r['done']:>6}{r['pending']:>9}{r['failed']:>8}{r['rows']:>12,}"
+                      f"{r['seconds']:>9.1f}{r['tokens']:>9,}{r['money']:>9.4f}  {r['state']}")  # fmt: skip
         if not watch or all(r["state"] == "done" for r in rows):
             break
         time.sleep(2)

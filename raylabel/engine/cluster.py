@@ -34,7 +34,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from raylabel.engine import limits
 from raylabel.engine.execute import Fatal, UnitFailed, divided, execute, opened, reason
-from raylabel.errors import BadInput
+from raylabel.errors import BadInput, RunFailed
 from raylabel.models.loading import gpus_needed
 from raylabel.sections import SubjectConfig
 from raylabel.stages.base import Chain, Key, Step
@@ -133,6 +133,7 @@ class RayPool:
         queue = deque(units)
         first = {unit.id: attempt for unit, attempt in units}
         running: dict[Any, tuple[Unit, int, Any]] = {}
+        ended: RunFailed | None = None
         try:
             while queue or running:
                 while queue and idle:
@@ -151,6 +152,12 @@ class RayPool:
                     why = error.cause if isinstance(error.cause, Exception) else error
                     if isinstance(why, BadInput):
                         raise why from None
+                if isinstance(why, RunFailed) or ended is not None:
+                    # The others end what they have under way.
+                    ended = why if ended is None and isinstance(why, RunFailed) else ended
+                    queue.clear()
+                    idle.append(actor)
+                    continue
                 attempt += 1
                 tried = attempt - first[unit.id]
                 if tried < ATTEMPTS:
@@ -161,6 +168,8 @@ class RayPool:
                     running[actor.run.remote(shared, unit.to_json(), attempt, fatal)] = (unit, attempt, actor)
                 else:
                     raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(why)}")
+            if ended is not None:
+                raise ended
         finally:
             for _, _, actor in running.values():
                 ray.kill(actor)

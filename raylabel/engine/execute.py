@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raylabel.errors import BadInput
+from raylabel.errors import BadInput, RunFailed
 from raylabel.stages.base import Key, Step
 from raylabel.store.files import Files
 from raylabel.store.plan import Unit
@@ -60,7 +60,7 @@ def divided(work: Callable[[Unit], Output], step: Step, unit: Unit, fatal: Fatal
         if not known:
             return work(unit)
         why = known[0][1]
-    except BadInput:
+    except (BadInput, RunFailed):
         raise
     except Exception as error:
         if step.divide is None or step.blame is None:

@@ -16,7 +16,7 @@ from raylabel.engine.execute import UnitFailed, reason
 from raylabel.engine.inline import InlinePool
 from raylabel.errors import BadInput, RunFailed
 from raylabel.sections import SubjectConfig
-from raylabel.stages import PIPELINE, prepare
+from raylabel.stages import PIPELINE, prepare, refuse_early
 from raylabel.stages.base import Stage, settings
 from raylabel.stages.failures import write_failures
 from raylabel.store.lock import locked
@@ -63,6 +63,8 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
     with locked(run.files):
         run.start(config.model_dump(mode="json"))
         prepare(run, config)
+        if any(stage.name == "describe" for stage in wanted):
+            refuse_early(run, config)
         pool = None
         try:
             for stage in wanted:

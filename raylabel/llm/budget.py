@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from raylabel.store.files import Files
 FOLDER = "_llm/claims"
 SHARE = 0.02
 """Share of the budget in a claim."""
+FRESH = 1.0
+"""Seconds for which what the others claimed is believed where it leaves no room."""
 
 
 class BudgetSpent(RunFailed):
@@ -51,6 +54,7 @@ class Budget:
         self._name = f"{FOLDER}/{uuid.uuid4().hex}.json"
         self._spent, self._open, self._claimed = Cost(), Cost(), Cost()
         self._settled = asyncio.Condition()
+        self._others, self._looked = Cost(), float("-inf")
         self._over = ""
 
     @property
@@ -64,7 +68,7 @@ class Budget:
             return
         async with self._settled:
             while not self._over and not self._fits(worst):
-                if self._open == Cost():
+                if not self._open.tokens:
                     self._over = self._word()
                     break
                 await self._settled.wait()
@@ -92,13 +96,14 @@ class Budget:
         if self._within(need, self._claimed):
             return True
         ahead = Cost(int(SHARE * (self._tokens or 0)), SHARE * (self._usd or 0.0))
-        others = Cost()
+        if not self._affordable(self._others + need) and time.monotonic() - self._looked < FRESH:
+            return False
         for wanted in (need + ahead, need):
             self._claim(wanted.most(self._claimed))
-            others = self._others()
-            if self._affordable(others + wanted):
+            self._others, self._looked = self._claims(), time.monotonic()
+            if self._affordable(self._others + self._claimed):
                 return True
-        self._claim((self._spent + self._open).most(Cost()))
+        self._claim(self._spent + self._open)
         return False
 
     @staticmethod
@@ -112,7 +117,8 @@ class Budget:
         self._claimed = cost
         self._files.write(self._name, json.dumps(vars(cost)).encode())
 
-    def _others(self) -> Cost:
+    def _claims(self) -> Cost:
+        """What the other processes have claimed."""
         total = Cost()
         for name in self._files.sizes(FOLDER):
             if name == self._name or not name.endswith(".json") or "/.tmp-" in name:

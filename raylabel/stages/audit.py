@@ -14,9 +14,9 @@ from raylabel.config import RunConfig
 from raylabel.errors import BadInput
 from raylabel.sources.labels import Given, Unreadable
 from raylabel.stages.results import AGREEMENT
-from raylabel.stages.score import SHUFFLED, Labelled, Unit, other_labels
-from raylabel.stages.score_rows import CONCEPT, MEASURES
-from raylabel.stages.score_stage import Scorer, labels_of, refuse_leaks
+from raylabel.stages.score import Labelled, Unit
+from raylabel.stages.score_rows import CONCEPT, MEASURES, UNASSISTED
+from raylabel.stages.score_stage import Scorer, labels_of, others_of, refuse_leaks
 from raylabel.store.rundir import RunDir
 
 Row = dict[str, Any]
@@ -78,9 +78,18 @@ def chosen(text: str | None) -> list[str] | None:
     return names
 
 
+def run_labels(run: RunDir, layer: int) -> dict[Unit, str]:
+    """The label that each of a layer's units has in the run: an explainer's before the built-in one."""
+    found: dict[Unit, str] = {}
+    labels = {source: named for source, named in labels_of(run, layer).items() if source != CONCEPT}
+    for source in sorted(labels, key=lambda name: name in UNASSISTED):
+        found = {**labels[source], **found}
+    return found
+
+
 def _layer(scorer: Scorer, layer: int, given: list[Given]) -> tuple[list[Row], list[Unreadable]]:
     own = {source: named for source, named in labels_of(scorer.run, layer).items() if source != CONCEPT}
-    ours: dict[Unit, str] = next(iter(own.values()), {})
+    ours = run_labels(scorer.run, layer)
     units = {(None, one.neuron, one.polarity) for one in given}
     neurons = min(u[1] for u in units), max(u[1] for u in units) + 1
     trials = scorer.trials(scorer.run, layer, neurons, set(units))
@@ -95,16 +104,13 @@ def _layer(scorer: Scorer, layer: int, given: list[Given]) -> tuple[list[Row], l
             missing = f"the run has no exemplars of layer {layer}, neuron {one.neuron}, polarity {one.polarity:+d}"
             wrong.append(Unreadable(one.place, missing))
             continue
-        others = other_labels(unit, {**theirs, unit: one.label}, seed)
-        if len(others) < SHUFFLED:
-            # A few foreign labels of a layer are compared with the run's own of other units.
-            more = other_labels(unit, {**ours, unit: one.label}, seed)
-            others = list(dict.fromkeys([*others, *more]))[:SHUFFLED]
+        # A few foreign labels of a layer are compared with the run's own of other units too.
+        others = others_of(unit, "theirs", {"theirs": {**theirs, unit: one.label}, **own}, seed)
         kept.append(one)
         # The row's source says which label it is: several may be about one unit.
         items.append(Labelled(trials[unit], f"audit {len(kept) - 1}", one.label, others))
     beside = [
-        Labelled(trials[unit], "ours", ours[unit], other_labels(unit, ours, seed))
+        Labelled(trials[unit], "ours", ours[unit], others_of(unit, "ours", {"ours": ours}, seed))
         for unit in sorted({item.trial.unit for item in items}, key=lambda u: (u[1], u[2])) if unit in ours
     ]  # fmt: skip
     scores, failures = scorer.rows(layer, [*items, *beside])

@@ -30,6 +30,8 @@ SOURCE = "MAT words"
 CONFIDENCE = 0.95
 AGREEMENT = "agreement"
 """The scorer whose rows hold how far a label and the concept found without it agree."""
+WORDING = ("describe", "score")
+"""Stages whose failures leave what was measured as it is: the unit has no label in words, or no score, but is not failed."""
 OPTIONAL = ("concepts", "labels", "scores")
 _FROM_CANDIDATES = (
     "family_similarity", "phrase_similarity", "q_value", "decoy_rate", "kind", "flagged", "status", "mats", "phrases",
@@ -134,8 +136,7 @@ class ResultsWorker:
         layer = unit.key["layer"]
         neurons = wanted_units(self.config, self.facts)[layer]
         site = self.facts["sites"][layer]
-        # A label that could not be tested says nothing about the unit.
-        failures = [f for f in failure_rows(self.run) if f.get("layer") == layer and f["stage"] != "score"]
+        failures = [f for f in failure_rows(self.run) if f.get("layer") == layer and f["stage"] not in WORDING]
         wanted = self.config.controls
         kinds = {"decoy": wanted.decoys, "null": wanted.nulls, "planted": wanted.planted}
         failed = {

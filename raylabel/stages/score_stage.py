@@ -18,7 +18,7 @@ from raylabel.errors import BadInput, RunFailed
 from raylabel.stages.base import Stage, Step, blame_neurons, halve_neurons, with_controls
 from raylabel.stages.identify_stage import open_background
 from raylabel.stages.results import SOURCE, label
-from raylabel.stages.score import Labelled, Leak, Trial, Unit, around, other_labels, refuse_leak, trial
+from raylabel.stages.score import SHUFFLED, Labelled, Leak, Trial, Unit, around, other_labels, refuse_leak, trial
 from raylabel.stages.score_llm import ASKED, ask_all
 from raylabel.stages.score_local import judge_odds, likeness, said
 from raylabel.stages.score_measure import PEAKS, Negatives, Wish
@@ -166,6 +166,25 @@ def labels_of(run: RunDir, layer: int) -> Labels:
     return {**found, SOURCE: named} if named else found
 
 
+def others_of(unit: Unit, source: str, labels: Labels, seed: int) -> list[str]:
+    """Other units' labels of the same source, and of the other ones where it has too few."""
+    found = other_labels(unit, labels[source], seed)
+    for name in sorted(labels):
+        if len(found) < SHUFFLED and name not in (source, CONCEPT):
+            more = other_labels(unit, {**labels[name], unit: labels[source][unit]}, seed)
+            found = list(dict.fromkeys([*found, *(text for text in more if text != labels[source][unit])]))
+    return found[:SHUFFLED]
+
+
+def wanted(run: RunDir, layer: int, neurons: tuple[int, int], which: str, units: set[Unit]) -> set[Unit]:
+    """The units among `units` whose labels are tested."""
+    if which == "all":
+        return units
+    table, column = {"flagged": ("candidates", "flagged"), "verified": ("verifications", "verified")}[which]
+    columns = ["neuron", "polarity", *(["control"] if run.in_controls else [])]
+    return {unit_of(row) for row in run.table(table, layer, neurons, filter=pc.field(column), columns=columns).to_pylist()}
+
+
 class ScoreWorker:
     """`scores` of a range of neurons of a layer, or of its controls."""
 
@@ -180,10 +199,11 @@ class ScoreWorker:
         run = self.run.controls if controls else self.run
         labels = labels_of(run, layer)
         inside = {u for named in labels.values() for u in named if neurons[0] <= u[1] < neurons[1]}
+        inside &= wanted(run, layer, neurons, self.config.score.units, inside)
         trials = self.scorer.trials(run, layer, neurons, inside)
         seed = self.config.run.seed
         items = [
-            Labelled(found, source, labels[source][u], other_labels(u, labels[source], seed))
+            Labelled(found, source, labels[source][u], others_of(u, source, labels, seed))
             for u, found in trials.items() for source in sorted(labels) if u in labels[source]
         ]  # fmt: skip
         rows, failures = self.scorer.rows(layer, items)
@@ -214,7 +234,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 SCORE = Stage(
-    name="score", version=1, needs=("scan", "identify", "tokenize"), tables=("scores",), steps=_steps,
+    name="score", version=1, needs=("scan", "identify", "verify", "tokenize"), tables=("scores",), steps=_steps,
     uses=("describe", "optimize"),
     reads=("score", "optimize.judge", "optimize.template", "describe.model", "run.seed", "run.format"),
 )  # fmt: skip

@@ -21,6 +21,8 @@ from raylabel.store.rundir import RunDir
 from tests.llm.servers import body, served
 
 KEY = "sk-very-secret-0123456789"
+LONG = "word " * 55
+"""About as many tokens as the servers here say that a prompt has."""
 GOOD = '{"colour": "red", "size": 3}'
 
 
@@ -49,7 +51,9 @@ def config(url: str, **settings: Any) -> RunConfig:
     return build_config({"subject": {"model": "demo"}, "describe": given})
 
 
-def ask(path: Path, url: str, *questions: str, schema: Any = Thing, settings: dict[str, Any] | None = None, **more: Any) -> list[Any]:
+def ask(
+    path: Path, url: str, *questions: str, schema: Any = Thing, settings: dict[str, Any] | None = None, **more: Any
+) -> list[Any]:  # fmt: skip
     """What each question gives, in order: an Answer or the exception."""
     return asked(path, url, questions, settings or {}, schema=schema, **more)[0]
 
@@ -159,7 +163,8 @@ def test_what_is_no_answer_is_asked_again_and_then_a_failure(tmp_path: Path, tex
 
 
 def test_reasoning_and_fences_around_an_answer_are_taken_off(tmp_path: Path) -> None:
-    texts = iter([f"<think>{{hm}} red?</think>\n{GOOD}", f"```json\n{GOOD}\n```", f"Here it is: {GOOD} Bye.", f"well</think>{GOOD}"])
+    texts = iter([f"<think>{{hm}} red?</think>\n{GOOD}", f"```json\n{GOOD}\n```", f"Here it is: {GOOD} Bye.",
+                  f"well</think>{GOOD}"])  # fmt: skip
     with served(lambda request: next(texts)) as server:
         found = ask(tmp_path, server.url, "a", "b", "c", "d")
     assert [one.parsed.size for one in found] == [3, 3, 3, 3]
@@ -248,7 +253,8 @@ def test_what_a_server_does_not_know_is_left_out(tmp_path: Path) -> None:
 
 
 def test_logprobs_come_through_and_are_kept(tmp_path: Path) -> None:
-    listed = [{"token": " yes", "logprob": -0.1, "bytes": None, "top_logprobs": [{"token": " no", "logprob": -2.3, "bytes": None}]}]
+    others = [{"token": " no", "logprob": -2.3, "bytes": None}]
+    listed = [{"token": " yes", "logprob": -0.1, "bytes": None, "top_logprobs": others}]
     with served(lambda request: body(" yes", logprobs={"content": listed, "refusal": None})) as server:
         first, = ask(tmp_path, server.url, "a", schema=None, logprobs=True, max_tokens=1)
         again, = ask(tmp_path, server.url, "a", schema=None, logprobs=True, max_tokens=1)
@@ -280,12 +286,12 @@ def test_in_flight_climbs_while_the_server_keeps_up_and_backs_off(tmp_path: Path
         assert 6 <= server.most <= 60, "climbs to where it slows, not to all it may"
 
     async def wide(request: dict[str, Any]) -> Any:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
         return GOOD
 
     with served(wide) as server:
         asked(tmp_path / "b", server.url, questions, {"concurrency": 64}, schema=Thing)
-        assert server.most >= 32, "a server that keeps up gets more"
+        assert server.most >= 20, "a server that keeps up gets more"
 
     async def few(request: dict[str, Any]) -> Any:
         if server.inside > 5:
@@ -300,7 +306,7 @@ def test_in_flight_climbs_while_the_server_keeps_up_and_backs_off(tmp_path: Path
 
 
 def test_a_budget_of_tokens_is_kept_and_what_was_paid_is_too(tmp_path: Path) -> None:
-    questions = [str(i) for i in range(40)]
+    questions = [f"{i} {LONG}" for i in range(40)]
     with served(lambda request: GOOD) as server:
         found, client = asked(tmp_path, server.url, questions, {"budget_tokens": 2000}, schema=Thing, max_tokens=50)
         client.tally()
@@ -308,7 +314,7 @@ def test_a_budget_of_tokens_is_kept_and_what_was_paid_is_too(tmp_path: Path) -> 
         assert {type(one) for one in found if isinstance(one, Exception)} == {BudgetSpent}
         assert 12 <= len(bought) <= 2000 // 120 and len(server.requests) == len(bought)
         # More money: only what is missing is bought.
-        found, client = asked(tmp_path, server.url, questions, {"budget_tokens": 40 * 120 + 100}, schema=Thing, max_tokens=50)
+        found, client = asked(tmp_path, server.url, questions, {"budget_tokens": 40 * 120 + 200}, schema=Thing, max_tokens=50)
         assert all(not isinstance(one, Exception) for one in found) and len(server.requests) == 40
         assert sum(one.cached for one in found) == len(bought)
 
@@ -319,7 +325,7 @@ def test_two_processes_together_keep_to_the_budget(tmp_path: Path) -> None:
         clients = [open_client(RunDir(str(tmp_path)), config(server.url, budget_usd=20, **prices)) for _ in range(3)]
 
         async def both() -> list[Any]:
-            calls = [c.ask([{"role": "user", "content": f"{i} {j}"}], max_tokens=5, schema=Thing)
+            calls = [c.ask([{"role": "user", "content": f"{i} {j} {LONG}"}], max_tokens=5, schema=Thing)
                      for i, c in enumerate(clients) for j in range(15)]  # fmt: skip
             found = await asyncio.gather(*calls, return_exceptions=True)
             for c in clients:
