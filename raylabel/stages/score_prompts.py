@@ -36,9 +36,9 @@ _WHAT = {
     "fuzzing": "Words of each text are marked <<so>>. Description X fits a text if all the marked words are what X describes.",
 }
 _PACKED = (
-    "Each description, named by a letter, says when a unit inside a language model is active; the numbered texts are to be "
-    "judged. {what} Judge every description by itself: a text may fit none or several. Answer for every text in order, as "
-    "number:letters, with - for none, e.g. [\"1:B\", \"2:-\", \"3:AC\"]."
+    "A description, named by a letter, says when a unit inside a language model is active. {what} Judge each description by "
+    "itself: a text may fit none or several. Answer for every text in order as number:letters, - for none, e.g. "
+    "[\"1:B\", \"2:-\", \"3:AC\"]."
 )
 _PEER = (
     "The description says when a unit inside a language model is active. {what} Answer yes or no."

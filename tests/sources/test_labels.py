@@ -22,7 +22,8 @@ def test_json_lines_with_bad_rows(tmp_path: Path) -> None:
     path.write_text(lines(
         {"layer": 0, "neuron": 3, "label": " words\nabout  birds "}, "{not json", {"layer": 1, "index": "7", "description": "x"},
         {"layer": 1, "neuron": 2}, {"layer": 1, "neuron": "two", "label": "x"}, {"layer": 1, "neuron": 2, "label": "  "}, "",
-        {"layer": 1, "neuron": 2, "label": "y" * (MOST + 1)}, [1], {"Layer": 2.0, "Feature": "5", "Annotation": "z", "polarity": -1},
+        {"layer": 1, "neuron": 2, "label": "y" * (MOST + 1)}, [1],
+        {"Layer": 2.0, "Feature": "5", "Annotation": "z", "polarity": -1},
         {"layer": True, "neuron": 2, "label": "x"}, {"layer": 1, "neuron": 2, "label": "x", "polarity": 3},
     ))  # fmt: skip
     found, wrong = read_labels(str(path))
