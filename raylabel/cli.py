@@ -274,5 +274,39 @@ def export(
     return 0
 
 
+@app.command()
+def audit(
+    folder: Folder,
+    labels: Annotated[str, typer.Option("--labels", help="JSON lines, or explanations of Neuronpedia, delphi or OpenAI.")],
+    out: Annotated[str | None, typer.Option("--out", help="Also write the rows: .csv, .jsonl, .parquet or .arrow.")] = None,
+    scorers: Annotated[str | None, typer.Option("--scorers", help="In place of the run's, separated by commas.")] = None,
+    limit: Annotated[int, typer.Option(help="Rows shown at most.")] = 20,
+    as_json: Json = False,
+) -> int:
+    """Scores someone else's labels on what the run held back, beside its own; worst first."""
+    import pyarrow as pa
+
+    from raylabel.report import terminal
+    from raylabel.report.export import export as write
+    from raylabel.sources.labels import read_labels
+    from raylabel.stages.audit import audit as score
+    from raylabel.stages.audit import chosen
+    from raylabel.store.rundir import RunDir
+
+    directory = RunDir(folder)
+    given, wrong = read_labels(labels)
+    rows, failed = score(directory, given, chosen(scorers))
+    wrong += failed
+    if out is not None:
+        write(pa.Table.from_pylist(rows), out.rpartition(".")[2], out)
+    if as_json:
+        print(json.dumps({"rows": rows, "failures": [one._asdict() for one in wrong]}))
+    else:
+        terminal.console().print(terminal.audit_table(rows[:limit]))
+    for one in wrong:
+        _complain(f"{one.place}: {one.reason}", 3)
+    return 3 if wrong else 0
+
+
 if __name__ == "__main__":
     main()

@@ -77,7 +77,6 @@ class RunConfig(Section):
 
 UNUSED = {
     "optimize": "the concept search is not part of this version",
-    "score": "label scores are not part of this version",
 }
 """Keys that are part of the configuration but that nothing reads yet, and why."""
 

@@ -229,6 +229,8 @@ class DescribeConfig(Section):
 class ScoreConfig(Section):
     scorers: list[Literal["detection", "fuzzing", "simulation", "embedding", "judge"]] = ["judge"]
     """Tests of the labels."""
+    units: Literal["verified", "flagged", "all"] = "flagged"
+    """Units whose labels are tested."""
     window: Positive = 32
     """Tokens of a scored window."""
     negatives: Positive = 20

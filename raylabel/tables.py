@@ -98,6 +98,9 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         *_unit, ("label_source", pa.string()), ("scorer", pa.string()), ("value", pa.float32()),
         ("shuffled", pa.float32()), ("corrected", pa.float32()), ("low", pa.float32()), ("high", pa.float32()),
         ("lookup", pa.float32()), ("n", pa.int32()), ("n_failed", pa.int32()),
+        # the same against hard negatives: windows that hold what the unit fires on, or what is near it, and leave it silent
+        *((f"{name}_hard", pa.float32()) for name in ("value", "shuffled", "corrected", "low", "high", "lookup")),
+        ("n_hard", pa.int32()),
     ],
     "results": [
         *_unit, ("label", pa.string()), ("description", pa.string()), ("concept_words", _strings),
@@ -111,6 +114,8 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         ("label_source", pa.string()),
         # whether the concept is borne out on the score split
         ("claimed", pa.bool_()),
+        # the mean of the scorers' intervals: the label says something where it lies above 0
+        ("score_low", pa.float32()), ("score_high", pa.float32()),
     ],
     "calibration": [
         ("control", pa.string()), ("difficulty", pa.string()), ("layer", pa.int32()), ("n", pa.int64()),

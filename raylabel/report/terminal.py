@@ -96,6 +96,8 @@ def unit_card(unit: UnitView) -> RenderableType:
         parts.append(facts)
     if verdict:
         parts.append(_causal(verdict))
+    if unit.scores:
+        parts.append(scores_table(unit.scores))
     if numbers:
         for name, sign in (("logits_up", "raises"), ("logits_down", "lowers")):
             words = ", ".join(repr(p["token"]) for p in (numbers[name] or [])[:8])
@@ -152,6 +154,42 @@ def _swaps(unit: UnitView) -> RenderableType:
             for kind in ("neighbour", "random")
         ]
         table.add_row(Text(clean(visible(word))), str(offset), Text(cells[0]), Text(cells[1]))
+    return table
+
+
+def audit_table(rows: list[dict[str, Any]]) -> Table:
+    """Other people's labels beside the run's own, as given: corrected scores with their intervals, and the lookup table."""
+    table = Table(title="labels, worst first: score corrected for other units' labels [95 %]", title_justify="left")
+    for name in ("unit", "label", "scorer", "score", "lookup", "n", "our label", "our score"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        scores = (
+            f"{number(row[name])} [{number(row[low])}, {number(row[high])}]"
+            for name, low, high in (("corrected", "low", "high"), ("our_corrected", "our_low", "our_high"))
+        )
+        own, ours = scores
+        table.add_row(
+            f"{row['layer']}.{row['neuron']}{'' if row['polarity'] > 0 else ' −'}", Text(clean(row["label"])), row["scorer"],
+            Text(own), number(row["lookup"]), str(row["n"]), Text(clean(row["our_label"] or "·")), Text(ours),
+        )  # fmt: skip
+    return table
+
+
+def scores_table(rows: list[dict[str, Any]]) -> Table:
+    """How well a unit's labels predict where it fires."""
+    table = Table(title="labels tested on the score split", title_justify="left")
+    for name in ("label of", "scorer", "value", "other labels", "corrected [95 %]", "lookup", "n", "unanswered", "hard [95 %]"):
+        table.add_column(name)
+    for row in rows:
+        spans = (
+            Text(f"{number(row[f'corrected{end}'])} [{number(row[f'low{end}'])}, {number(row[f'high{end}'])}]")
+            for end in ("", "_hard")
+        )
+        corrected, hard = spans
+        table.add_row(
+            Text(clean(row["label_source"])), row["scorer"], number(row["value"]), number(row["shuffled"]), corrected,
+            number(row["lookup"]), str(row["n"]), str(row["n_failed"]), hard,
+        )  # fmt: skip
     return table
 
 

@@ -17,12 +17,13 @@ from raylabel.stages.identify_stage import IDENTIFY
 from raylabel.stages.read import FETCH, READ
 from raylabel.stages.results import RESULTS
 from raylabel.stages.scan import SCAN
+from raylabel.stages.score_stage import SCORE
 from raylabel.stages.subject import refuse_contradiction
 from raylabel.stages.tokenize import TOKENIZE
 from raylabel.stages.verify_stage import VERIFY
 from raylabel.store.rundir import RunDir
 
-PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, DESCRIBE, RESULTS)
+PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, DESCRIBE, SCORE, RESULTS)
 """The stages of a run over a corpus."""
 STAGES: tuple[Stage, ...] = (READ, FETCH, *PIPELINE)
 """All there are."""

@@ -112,11 +112,17 @@ def join(
 
 
 def scored(scores: list[Row], source: str | None) -> Row:
-    """`score`, the mean of the corrected values of a unit's label over scorers, and `agreement`; null where there is none."""
-    own = [s["corrected"] for s in scores if s["label_source"] == source and s["scorer"] != AGREEMENT]
-    own = [value for value in own if value is not None]
+    """`score`, the mean of the corrected values of a unit's label over scorers, with the mean interval, and `agreement`.
+
+    Null where there is none; the interval where a scorer has none.
+    """
+    mine = [s for s in scores if s["label_source"] == source and s["scorer"] != AGREEMENT and s["corrected"] is not None]
+    row: Row = {}
+    for name, column in (("score", "corrected"), ("score_low", "low"), ("score_high", "high")):
+        values = [s.get(column) for s in mine]
+        row[name] = sum(values) / len(values) if values and None not in values else None
     agreement = [s["corrected"] for s in scores if s["label_source"] == source and s["scorer"] == AGREEMENT]
-    return {"score": sum(own) / len(own) if own else None, "agreement": agreement[0] if agreement else None}
+    return {**row, "agreement": agreement[0] if agreement else None}
 
 
 class ResultsWorker:
@@ -163,7 +169,10 @@ class ResultsWorker:
 
 
 class CalibrationWorker:
-    """`calibration`: the controls' rates of being flagged, verified and labelled, a layer and a difficulty each."""
+    """`calibration`: the controls' rates of being flagged, verified and labelled, a layer and a difficulty each.
+
+    A unit counts as labelled where its label's score lies above 0 with its whole interval.
+    """
 
     def __init__(self, url: str) -> None:
         self.run = RunDir(url)
@@ -196,7 +205,7 @@ def calibration(results: pa.Table, difficulty: dict[tuple[int, int], str]) -> pa
             hits = {
                 "flagged": pc.sum(units.column("flagged")).as_py() or 0,
                 "verified": pc.sum(units.column("verified")).as_py() or 0,
-                "labelled": pc.sum(pc.invert(pc.is_null(units.column("score")))).as_py() or 0,
+                "labelled": pc.sum(pc.greater(units.column("score_low"), 0)).as_py() or 0,
             }
             for name, k in hits.items():
                 row[name] = k
@@ -215,6 +224,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 RESULTS = Stage(
-    name="results", version=3, needs=("scan", "identify", "verify"), tables=("results", "calibration"), steps=_steps,
+    name="results", version=4, needs=("scan", "identify", "verify"), tables=("results", "calibration"), steps=_steps,
     uses=("optimize", "describe", "score"), facts=("units",), reads=("subject.polarity", "run.format"),
 )  # fmt: skip

@@ -33,6 +33,7 @@ BENCHMARKS = {
     "neighbours": "neighbours:neighbours",
     "controls": "controls:controls",
     "scrape": "scrape:scrape",
+    "scores": "scores:tokens",
 }
 ONE_THREAD = ("ray",)
 """Those whose process has one thread, as a worker on Ray has."""
