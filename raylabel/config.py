@@ -30,7 +30,7 @@ from raylabel.sections import (
 ORIGINAL: dict[str, dict[str, Any]] = {
     "identify": {"weighting": "mean", "similarity": 0.6, "fdr": None, "criterion": "either"},
     "verify": {"synonyms": 5, "normalised": 0.5, "normaliser": "max"},
-    "optimize": {"method": "descent"},
+    "optimize": {"method": "descent", "c_entropy": 0.2, "c_kl": 0.2},
     "describe": {"prompt": "mats"},
 }
 
@@ -75,7 +75,6 @@ class RunConfig(Section):
 
 
 UNUSED = {
-    "optimize": "the concept search is not part of this version",
     "describe": "labels are built from the MAT words in this version",
     "score": "label scores are not part of this version",
 }
