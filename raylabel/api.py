@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,14 +86,14 @@ class Run:
         """Everything about one unit; `polarity` as in the tables. BadInput if the run has no such unit."""
         found = {}
         condition = (pc.field("neuron") == neuron) & (pc.field("polarity") == polarity)
-        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants"):
+        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants", "concepts"):
             found[name] = self._directory.table(name, layer, filter=condition).to_pylist()
         if not any(found.values()):
             raise BadInput(f"{self._directory.files.url}: no unit layer {layer}, neuron {neuron}, polarity {polarity:+d}")
         first = {name: (rows[0] if rows else {}) for name, rows in found.items()}
         return UnitView(
             layer, neuron, polarity, first["results"], first["statistics"], first["candidates"], first["verifications"],
-            found["exemplars"], found["variants"],
+            found["exemplars"], found["variants"], first["concepts"],
         )  # fmt: skip
 
 
@@ -110,6 +110,7 @@ class UnitView:
     verification: dict[str, Any]
     exemplars: list[dict[str, Any]]
     variants: list[dict[str, Any]]
+    concept: dict[str, Any] = field(default_factory=dict)
 
     def top(self, split: str = "explain") -> list[dict[str, Any]]:
         """Top exemplars of a split, strongest first."""

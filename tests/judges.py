@@ -29,8 +29,8 @@ def train_judge(folder: Path, categories: dict[str, list[str]], fill: list[str],
     torch.manual_seed(seed)
     draw = random.Random(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.06,
-        max_position_embeddings=256, pad_token_id=1,
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.06, max_position_embeddings=256, pad_token_id=1,
     ))  # fmt: skip
     optimiser = torch.optim.AdamW(model.parameters(), 4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
