@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import mul
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -270,6 +271,8 @@ class _Race:
         self.proposer: dict[str, str] = {}
         self.losses: dict[str, list[float]] = {}
         self.odds: dict[str, list[float]] = {}
+        self.weights: dict[int, list[float]] = {}
+        """Of the first so many examples."""
         self.explored: set[str] = set()
         self.single = dict(zip(words.texts, words.ids.tolist(), strict=True))
 
@@ -295,8 +298,10 @@ class _Race:
 
     def score(self, word: str) -> float:
         """Its loss on what it was looked at, the labels weighing alike."""
-        losses = torch.tensor(self.losses[word])
-        return float(losses @ class_weights(self.labels[: len(losses)]))
+        losses = self.losses[word]
+        if len(losses) not in self.weights:
+            self.weights[len(losses)] = class_weights(self.labels[: len(losses)]).tolist()
+        return sum(map(mul, losses, self.weights[len(losses)]))
 
     def ranked(self) -> list[str]:
         """Candidates looked at, best first; those looked at longer go before all others."""

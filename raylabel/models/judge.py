@@ -123,11 +123,24 @@ class Judge:
 
     def prefix(self, example: Example) -> list[int]:
         """Ids of the prompt up to the slot. Special tokens in the example are read as plain text."""
-        fills = {"text": example.text, "token": example.word}
-        pieces = [fills.get(piece, piece) if i % 2 else piece for i, piece in enumerate(self._frame[:-2])]
-        pieces[-1] = pieces[-1].removesuffix(" ")
-        if not any(mark and mark in fill for mark in self._marks for fill in fills.values()):
-            return self._bos + self._ids("".join(pieces))
+        return self.prefixes([example])[0]
+
+    def prefixes(self, examples: Sequence[Example]) -> list[list[int]]:
+        """`prefix` of each."""
+        found: list[list[int] | None] = []
+        plain: list[str] = []
+        for example in examples:
+            fills = {"text": example.text, "token": example.word}
+            pieces = [fills.get(piece, piece) if i % 2 else piece for i, piece in enumerate(self._frame[:-2])]
+            pieces[-1] = pieces[-1].removesuffix(" ")
+            marked = any(mark and mark in fill for mark in self._marks for fill in example)
+            found.append(self._literally(pieces) if marked else None)
+            plain += [] if marked else ["".join(pieces)]
+        ids = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
+        return [self._bos + list(next(ids)) if own is None else own for own in found]
+
+    def _literally(self, pieces: list[str]) -> list[int]:
+        """Ids of a prompt whose fills, every second piece, hold what would be read as special tokens."""
         for i in range(1, len(pieces), 2):
             if pieces[i - 1].endswith(" "):
                 pieces[i - 1], pieces[i] = pieces[i - 1][:-1], " " + pieces[i]
@@ -164,9 +177,10 @@ class Judge:
         """Whether the tokenizer knows whole words only: then none of `words` is a piece of longer ones."""
         return type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
 
-    def knows(self, word: str) -> bool:
-        """Whether the tokenizer has a word of the text as something else than an unknown token."""
-        return self.tokenizer.unk_token_id not in self._ids(word)
+    def knows(self, words: Sequence[str]) -> list[bool]:
+        """Whether the tokenizer has each word of a text as something else than unknown tokens."""
+        given = self.tokenizer([self._space + word for word in words], add_special_tokens=False)["input_ids"]
+        return [self.tokenizer.unk_token_id not in ids for ids in given]
 
     @property
     def token_bytes(self) -> int:
@@ -191,7 +205,7 @@ class Judge:
 
         if not examples:
             raise ValueError("no examples to prepare")
-        prefixes = [self.prefix(example) for example in examples]
+        prefixes = self.prefixes(examples)
         lengths = torch.tensor([len(ids) for ids in prefixes])
         longest, room = int(lengths.max()), len(self._tail) + 1
         if self.max_context is not None and longest + room > self.max_context:

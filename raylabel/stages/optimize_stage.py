@@ -170,11 +170,12 @@ class SearchWorker:
         groups: list[list[Task]] = []
         longest = total = 0
         for task in tasks:
-            lengths = [len(judge.prefix(asked.example)) for asked in task.examples.search]
-            longest, total = max(longest, *lengths), total + len(lengths)
+            own = len(judge.prefix(max((asked.example for asked in task.examples.search), key=lambda e: len(e.text))))
+            count = len(task.examples.search)
+            longest, total = max(longest, own), total + count
             if not groups or total * (longest * judge.token_bytes + 4 * judge.size) > room:
                 groups.append([])
-                longest, total = max(lengths), len(lengths)
+                longest, total = own, count
             groups[-1].append(task)
         return groups
 
@@ -257,7 +258,7 @@ def _named(name: Name, row: Row) -> Row:
 
 def _columns(judge: Any, found: Examples, won: Any) -> Row:
     """The columns that the search itself gives."""
-    known = [judge.knows(asked.example.word) for asked in found.search]
+    known = judge.knows([asked.example.word for asked in found.search])
     words, weights = won.words[: optimize.WORDS], won.weights[: optimize.WORDS]
     return {
         "words": words, "weights": weights, "label": optimize.name(words, weights), "cross_entropy": won.cross_entropy,
