@@ -275,7 +275,7 @@ says and nothing else. It is no language model: it writes no text and knows no w
 
 | | |
 |---|---|
-| architecture | Llama of transformers, {parameters:,} parameters: {layers} layers, width {width}, tied embeddings, 1,024 positions |
+| architecture | Llama of transformers, {parameters:,} parameters: {layers} layers of width {width}, 1,024 positions |
 | size | {megabytes:.1f} MB, weights fp16, computed in fp32 |
 | tokenizer | whole words, else the longest pieces, {vocabulary:,} entries, {singles:,} whole words; digits are single |
 | prompt | `raylabel.models.judge_prompt.TEMPLATE`; no other was taught |
