@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,15 +35,15 @@ import judge_measure
 from judge_lessons import OTHERS, PHRASES, TEMPLATES, Lessons
 
 from raylabel.demo import stdlib
-from raylabel.demo.taught import Taught
+from raylabel.demo.taught import Taught, held_out
 from raylabel.models.judge import Judge, load_judge
 from raylabel.models.judge_prompt import TEMPLATE
 
 BOS, PAD, UNK = "<|bos|>", "<|pad|>", "<|unk|>"
 PATTERN = r" ?[\p{L}\p{N}]{1,64}(?:['’][\p{L}\p{N}]{1,64})*| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 SEEN_OFTEN, MOST_OFTEN, PIECES = 20, 1500, 1200
-BATCH, PEAK_RATE, WARMUP, DECAY, ALIKE = 16, 3e-3, 200, 0.4, 16
-WEIGHT_DECAY, CLIP, SMOOTH, SLOT = 0.05, 1.0, 0.01, 0.2
+BATCH, PEAK_RATE, WARMUP, DECAY, ALIKE = 8, 2e-3, 100, 0.5, 32
+WEIGHT_DECAY, CLIP, SMOOTH, SLOT, EARLY, STRUCTURE, MATCH = 0.05, 1.0, 0.01, 0.1, 0.5, 0.04, 4.0
 
 
 def make_tokenizer(taught: Taught, texts: list[str]) -> PreTrainedTokenizerFast:
@@ -98,6 +99,31 @@ def new_model(vocabulary: int, seed: int, width: int, layers: int) -> LlamaForCa
     return LlamaForCausalLM(config)
 
 
+@torch.no_grad()
+def seed_embeddings(model: LlamaForCausalLM, judge: Judge, taught: Taught, seed: int) -> None:
+    """Begins with what the categories say: words and names near the random vectors of their categories, held-out words not.
+
+    What is left to learn is to compare, and whatever one vector a category cannot hold.
+    """
+    weights: Tensor = model.model.embed_tokens.weight
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[int, Tensor] = {}
+    for category in taught.categories:
+        vector = torch.randn(weights.shape[1], generator=generator)
+        own = {name for given in category.names for name in (given, given.lower(), given.capitalize())}
+        own |= {form for word in category.words if not held_out(word) for form in (word, word.lower(), word.capitalize())}
+        for ids in {judge.encode(word) or tuple(judge._following("a", f" {word}")) for word in own}:
+            if len(ids) == 1:
+                sums[ids[0]] = sums.get(ids[0], torch.zeros_like(vector)) + vector
+    for i, total in sums.items():
+        weights[i] += STRUCTURE * total / total.norm() * weights.shape[1] ** 0.5
+    # Some heads begin by attending to what resembles: a concept to a word of its category, the answer's first clue.
+    for layer in model.model.layers[:2]:
+        half = layer.self_attn.q_proj.weight.shape[0] // 2
+        layer.self_attn.q_proj.weight[:half] *= MATCH
+        layer.self_attn.k_proj.weight[:half] = layer.self_attn.q_proj.weight[:half]
+
+
 @dataclass
 class Rows:
     """A batch of trees. `answers` and `slots` are (row, position) of what is predicted there."""
@@ -111,6 +137,8 @@ class Rows:
     slots: Tensor
     follows: Tensor
     """[slots, most] ids that may follow, -1 for none."""
+    tail: int
+    """Tokens between a concept and its answer."""
 
 
 class Trees:
@@ -156,7 +184,8 @@ class Trees:
         allowed |= torch.eye(longest, dtype=torch.bool)
         most = max(map(len, follows))
         padded = torch.tensor([found + [-1] * (most - len(found)) for found in follows])
-        return Rows(ids, positions, allowed[:, None], torch.tensor(answers), torch.tensor(shares), torch.tensor(slots), padded)
+        found = (torch.tensor(answers), torch.tensor(shares), torch.tensor(slots), padded)
+        return Rows(ids, positions, allowed[:, None], *found, len(self.judge._tail))
 
     def tree(self, rng: random.Random) -> tuple[list[int], list[int], list[int], list[int], list[tuple[int, float]], list]:
         lesson, judge = self.lessons.draw(rng), self.judge
@@ -191,9 +220,13 @@ class Trees:
 def losses(model: LlamaForCausalLM, rows: Rows, yes: int, no: int) -> tuple[Tensor, Tensor, Tensor]:
     """(cross-entropy of the answers, of the slots, share of answers on the right side)."""
     hidden = model.model(input_ids=rows.ids, attention_mask=rows.allowed, position_ids=rows.positions, use_cache=False)[0]
+    head = model.lm_head.weight
     logits = model.lm_head(hidden[rows.answers[:, 0], rows.answers[:, 1]]).float().log_softmax(-1)
     wanted = SMOOTH + (1 - 2 * SMOOTH) * rows.shares
     answer = -(wanted * logits[:, yes] + (1 - wanted) * logits[:, no]).mean()
+    # Where the concept ends, the answer can be known: asked for there too, it is found sooner.
+    early = hidden[rows.answers[:, 0], rows.answers[:, 1] - rows.tail] @ (head[yes] - head[no])
+    answer = answer + EARLY * F.binary_cross_entropy_with_logits(early, wanted)
     right = ((logits[:, yes] > logits[:, no]) == (rows.shares > 0.5)).float().mean()
     at_slot = model.lm_head(hidden[rows.slots[:, 0], rows.slots[:, 1]]).float().log_softmax(-1)
     there = rows.follows >= 0
@@ -330,7 +363,7 @@ def card(judge: Judge, taught: Taught, held: list[str], made: dict[str, Any], op
 def main() -> None:
     """Reads the options and makes the folder."""
     parser = argparse.ArgumentParser(description="Trains the built-in judge.")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "raylabel" / "demo" / "judge")
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--seed", type=int, default=0)
@@ -346,6 +379,7 @@ def main() -> None:
     tokenizer = make_tokenizer(taught, texts["train"])
     model = new_model(len(tokenizer), options.seed, options.width, options.layers)
     judge = Judge(model, tokenizer, name="demo")
+    seed_embeddings(model, judge, taught, options.seed)
     lessons = Lessons(taught, texts["train"])
     made = train(model, Trees(judge, lessons), options)
     made["temperature"] = judge_measure.fit_temperature(judge, lessons, options.seed + 1)
