@@ -174,13 +174,13 @@ class Judge:
 
     @property
     def whole(self) -> bool:
-        """Whether the tokenizer knows whole words only: then none of `words` is a piece of longer ones."""
-        return type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+        """Whether the tokenizer's tokens are words, pieces being marked: then none of `words` begins longer ones only."""
+        return type(self.tokenizer.backend_tokenizer.model).__name__ in ("WordLevel", "WordPiece")
 
     def knows(self, words: Sequence[str]) -> list[bool]:
-        """Whether the tokenizer has each word of a text as something else than unknown tokens."""
+        """Whether each word of a text is no unknown token, and one token where tokens are words."""
         given = self.tokenizer([self._space + word for word in words], add_special_tokens=False)["input_ids"]
-        return [self.tokenizer.unk_token_id not in ids for ids in given]
+        return [self.tokenizer.unk_token_id not in ids and (len(ids) == 1 or not self.whole) for ids in given]
 
     @property
     def token_bytes(self) -> int:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylabel.config import RunConfig
+from raylabel.demo.taught import categories
 from raylabel.errors import BadInput
 from raylabel.models.judge_prompt import Example, frame
 from raylabel.sections import OptimizeConfig
@@ -277,6 +278,9 @@ def _read(judge: Any, asked: list[Example]) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1)
 def _words(judge: Any, vocabulary: tuple[str, ...]) -> Any:
+    if judge.name == "demo":
+        # It answers for what it was taught: names of categories. Words of the corpus are tried as MAT words and neighbours.
+        return judge.words.among({name.casefold() for category in categories() for name in category.names})
     if judge.whole:
         return judge.words
     found = judge.words.among({*vocabulary, *(word.lower() for word in vocabulary)})
