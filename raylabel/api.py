@@ -86,14 +86,15 @@ class Run:
         """Everything about one unit; `polarity` as in the tables. BadInput if the run has no such unit."""
         found = {}
         condition = (pc.field("neuron") == neuron) & (pc.field("polarity") == polarity)
-        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants", "scores"):
+        names = ("results", "statistics", "candidates", "verifications", "exemplars", "variants", "scores", "concepts")
+        for name in names:
             found[name] = self._directory.table(name, layer, filter=condition).to_pylist()
         if not any(found.values()):
             raise BadInput(f"{self._directory.files.url}: no unit layer {layer}, neuron {neuron}, polarity {polarity:+d}")
         first = {name: (rows[0] if rows else {}) for name, rows in found.items()}
         return UnitView(
             layer, neuron, polarity, first["results"], first["statistics"], first["candidates"], first["verifications"],
-            found["exemplars"], found["variants"], found["scores"],
+            found["exemplars"], found["variants"], found["scores"], first["concepts"],
         )  # fmt: skip
 
 
@@ -111,6 +112,7 @@ class UnitView:
     exemplars: list[dict[str, Any]]
     variants: list[dict[str, Any]]
     scores: list[dict[str, Any]] = field(default_factory=list)
+    concept: dict[str, Any] = field(default_factory=dict)
 
     def top(self, split: str = "explain") -> list[dict[str, Any]]:
         """Top exemplars of a split, strongest first."""

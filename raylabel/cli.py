@@ -131,9 +131,12 @@ def _print_controls(directory: Any, console: Any) -> None:
     from raylabel.report import calibration, summary, terminal
 
     console.print(terminal.shares_table(summary.shares(directory)))
+    told = summary.concepts(directory)
+    if told is not None:
+        console.print(terminal.concepts_line(told), markup=False, highlight=False)
     found = calibration.recall(directory)
     if set(found) - {"decoy"}:
-        console.print(terminal.calibration_table(found))
+        console.print(terminal.calibration_table(found, calibration.recovery(directory)))
         console.print(terminal.sweep_table(calibration.sweep(directory)))
 
 

@@ -31,7 +31,7 @@ from raylabel.sections import (
 ORIGINAL: dict[str, dict[str, Any]] = {
     "identify": {"weighting": "mean", "similarity": 0.6, "fdr": None, "criterion": "either"},
     "verify": {"synonyms": 5, "nearness": "vectors", "normalised": 0.5, "normaliser": "max"},
-    "optimize": {"method": "descent"},
+    "optimize": {"method": "descent", "c_entropy": 0.2, "c_kl": 0.2},
     "describe": {"prompt": "mats"},
 }
 
@@ -75,9 +75,7 @@ class RunConfig(Section):
         return tree
 
 
-UNUSED = {
-    "optimize": "the concept search is not part of this version",
-}
+UNUSED: dict[str, str] = {}
 """Keys that are part of the configuration but that nothing reads yet, and why."""
 
 

@@ -176,21 +176,41 @@ class OptimizeConfig(Section):
     judge: str = "demo"
     """The judge: hub name, folder or `demo`."""
     template: str | None = None
-    """The judge's question."""
+    """The judge's question, with the places |text|, |token| and, behind both, |concept|."""
     method: Literal["hybrid", "descent"] = "hybrid"
-    """Search method."""
+    """hybrid: proposals decided by discrete evaluation; descent: the published recipe."""
     positive: Share = 0.5
     """Tokens above this share of the maximum are examples of yes."""
     negative: Share = 0.05
     """Tokens below this share of the maximum are examples of no."""
-    examples: Positive = 64
-    """Examples a unit."""
+    examples: Annotated[int, Field(ge=8)] = 64
+    """Examples a unit and split at most, half of yes and half of no."""
     evaluations: Positive = 100
-    """Candidates evaluated a unit at most."""
+    """Candidates evaluated a unit at most, each on all of its examples."""
     c_entropy: float = 0.2
-    """Weight of the entropy."""
+    """Weight of the entropy in descents."""
+    c_entropy_start: float | None = None
+    """Weight of the entropy at a descent's first step, from which it goes evenly to c_entropy; null: c_entropy throughout."""
     c_kl: float = 0.1
-    """Weight of the divergence from the judge's own next word."""
+    """Weight of the divergence from the judge's own next word in descents."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the words' weights, in nats: a word whose cross-entropy is so much larger weighs 1/e of the best."""
+    flip: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Share of examples whose label is taken to be wrong: a sure judge is not ruined by one of them."""
+    first: Positive = 4
+    """Examples on which a candidate is looked at first; the best go on to twice as many, and so on."""
+    screening: Annotated[float, Field(gt=0, lt=1)] = 0.65
+    """Share of the evaluations spent on first looks, gradients and descent; the rest decides among the best."""
+    rounds: NonNegative = 4
+    """Rounds of words proposed by gradients."""
+    restarts: NonNegative = 2
+    """Descents a unit that propose words."""
+    steps: Auto | Positive = "auto"
+    """Steps of a descent; auto is 40, or 150 with `method: descent`."""
+    batch: Auto | Positive = "auto"
+    """Examples a step of a descent; auto is 8, or 20 with `method: descent`."""
+    lr: Annotated[float, Field(gt=0)] = 0.3
+    """Learning rate of descents."""
 
 
 class DescribeConfig(Section):

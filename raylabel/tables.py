@@ -87,6 +87,9 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         ("entropy", pa.float32()), ("kl", pa.float32()), ("auroc", pa.float32()), ("auroc_low", pa.float32()),
         ("auroc_high", pa.float32()), ("auroc_unseen", pa.float32()), ("p_value", pa.float32()),
         ("q_value", pa.float32()), ("claimed", pa.bool_()), ("proposer", pa.string()), ("evaluations", pa.int32()),
+        # `ok`, `untested` (too few words of the score split) or `too_few`; and the share of the examples' words that the
+        # judge's tokenizer knows
+        ("status", pa.string()), ("known", pa.float32()),
     ],
     "labels": [
         *_unit, ("label", pa.string()), ("description", pa.string()),
@@ -122,6 +125,9 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         ("flagged", pa.int64()), ("verified", pa.int64()), ("labelled", pa.int64()),
         *((f"{what}_{which}", pa.float32()) for what in ("flagged", "verified", "labelled")
           for which in ("rate", "low", "high")),
+        # concepts that were claimed, and those of planted units whose first words name or are of the planted list
+        ("claimed", pa.int64()), ("recovered", pa.int64()),
+        *((f"{what}_{which}", pa.float32()) for what in ("claimed", "recovered") for which in ("rate", "low", "high")),
     ],
     "failures": [
         ("stage", pa.string()), ("unit", pa.string()), ("reason", pa.string()), ("attempts", pa.int32()),

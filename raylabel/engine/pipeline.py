@@ -87,7 +87,8 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
 def absolute(config: RunConfig) -> RunConfig:
     """The configuration with its local paths made absolute: workers may have another working directory."""
     tree = config.model_dump(mode="json", exclude_unset=True)
-    paths = (("run", "out"), ("subject", "model"), ("subject", "latents"), ("subject", "units"), ("identify", "vectors"))
+    paths = (("run", "out"), ("subject", "model"), ("subject", "latents"), ("subject", "units"), ("identify", "vectors"),
+             ("optimize", "judge"))  # fmt: skip
     for section, key in paths:
         _absolute(tree.get(section, {}), key, always=section == "run")
     for source, key in (("corpus", "path"), ("recorded", "path"), ("neuronpedia", "url")):

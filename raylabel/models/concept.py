@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import mul
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -91,6 +92,8 @@ class Settings:
     evaluations: float = 100
     """Evaluations a unit at most."""
     c_entropy: float = 0.2
+    c_entropy_start: float | None = None
+    """Weight of the entropy at a descent's first step, from which it goes evenly to c_entropy at the last; None: c_entropy."""
     c_kl: float = 0.1
     flip: float = 0.1
     """Share of labels taken to be wrong: no example then costs more than -log of it, and a sure judge is not ruined by one."""
@@ -130,9 +133,12 @@ class Concept:
     """Of the weights; a word of several tokens has its first token's probability under the judge."""
     proposer: str
     """How the best word was found."""
-    evaluations: float
+    evaluations: int
+    """Begun ones count as whole."""
     losses: list[float] = field(default_factory=list)
     """What decided, a word: its cross-entropy with `flip`."""
+    vector: Tensor | None = None
+    """[width] what stands in the slot where a distribution and no word is the answer."""
 
     @property
     def best(self) -> str:
@@ -265,6 +271,8 @@ class _Race:
         self.proposer: dict[str, str] = {}
         self.losses: dict[str, list[float]] = {}
         self.odds: dict[str, list[float]] = {}
+        self.weights: dict[int, list[float]] = {}
+        """Of the first so many examples."""
         self.explored: set[str] = set()
         self.single = dict(zip(words.texts, words.ids.tolist(), strict=True))
 
@@ -290,8 +298,10 @@ class _Race:
 
     def score(self, word: str) -> float:
         """Its loss on what it was looked at, the labels weighing alike."""
-        losses = torch.tensor(self.losses[word])
-        return float(losses @ class_weights(self.labels[: len(losses)]))
+        losses = self.losses[word]
+        if len(losses) not in self.weights:
+            self.weights[len(losses)] = class_weights(self.labels[: len(losses)]).tolist()
+        return sum(map(mul, losses, self.weights[len(losses)]))
 
     def ranked(self) -> list[str]:
         """Candidates looked at, best first; those looked at longer go before all others."""
@@ -333,7 +343,7 @@ class _Race:
         plain = example_loss(torch.tensor(self.odds[best]), self.labels) @ class_weights(self.labels)
         return Concept(
             finalists, log_p.exp().tolist(), float(plain), float(entropy), float(kl), self.proposer[best],
-            self.spent / self.n, losses.tolist(),
+            -(-self.spent // self.n), losses.tolist(),
         )  # fmt: skip
 
 

@@ -69,7 +69,9 @@ def descend(
             entropy, kl = regularisers(own, cached.prior[rows].mean(0))
             weights, ids = own.exp().topk(min(top, judge.size))
             names = [texts[i] for i in ids.tolist()]
-            concepts.append(Concept(names, weights.tolist(), float(ce), float(entropy), float(kl), "descent", 0.0))
+            concepts.append(Concept(
+                names, weights.tolist(), float(ce), float(entropy), float(kl), "descent", 0, vector=own.exp() @ embeddings
+            ))  # fmt: skip
     return concepts
 
 
@@ -90,7 +92,8 @@ def gumbel(
     means = torch.stack([cached.prior[unit.rows.to(device)].mean(0)[words.ids] for unit in units])
     log_q = means.repeat_interleave(settings.restarts, 0)
     for step in range(settings.steps):
-        warmth = settings.hot * (settings.cold / settings.hot) ** (step / max(1, settings.steps - 1))
+        done = step / max(1, settings.steps - 1)
+        warmth = settings.hot * (settings.cold / settings.hot) ** done
         blank = z.new_empty(settings.restarts, z.shape[1], device="cpu")
         noise = torch.cat([-blank.exponential_(generator=g).log() for g in generators]).to(device)
         soft = ((z + noise) / warmth).softmax(-1)
@@ -101,7 +104,8 @@ def gumbel(
         ce = example_loss(odds, labels).reshape(n, -1).mean(1)
         terms = Terms(ce, *regularisers(z.log_softmax(-1), log_q))
         optimiser.zero_grad()
-        terms.total(settings.c_entropy, settings.c_kl).sum().backward()
+        begun = settings.c_entropy if settings.c_entropy_start is None else settings.c_entropy_start
+        terms.total(begun + (settings.c_entropy - begun) * done, settings.c_kl).sum().backward()
         optimiser.step()
     best = z.detach().topk(min(top, z.shape[1])).indices.reshape(len(units), settings.restarts, -1)
     return [list(dict.fromkeys(own.T.flatten().tolist())) for own in best]

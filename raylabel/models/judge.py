@@ -27,7 +27,7 @@ from raylabel.errors import BadInput
 from raylabel.models.judge_check import PAIRS, Check, auroc_bound
 from raylabel.models.judge_prompt import TEMPLATE, Example, answer_ids, end_of, frame
 from raylabel.models.loading import load, resolve_device, special_ids
-from raylabel.models.subject import Subject, _pad_id, _resolve_bos
+from raylabel.models.subject import Subject, pad_id_of, resolve_bos
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # Positions of a forward pass, cached ones included, and logits held at once.
@@ -96,7 +96,7 @@ class Judge:
         self._marks = [str(mark) for mark in {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}]
         chat = bool(tokenizer.chat_template) if chat is None else chat
         self._frame = frame(TEMPLATE if template is None else template, tokenizer if chat else None)
-        begins, bos = _resolve_bos(tokenizer, "auto", prepend_bos)
+        begins, bos = resolve_bos(tokenizer, "auto", prepend_bos)
         self._bos = [int(bos)] if begins and bos is not None and not chat else []
         before, tail = self._frame[-3], self._frame[-1]
         self._space = " " if before.endswith(" ") else ""
@@ -123,11 +123,24 @@ class Judge:
 
     def prefix(self, example: Example) -> list[int]:
         """Ids of the prompt up to the slot. Special tokens in the example are read as plain text."""
-        fills = {"text": example.text, "token": example.word}
-        pieces = [fills.get(piece, piece) if i % 2 else piece for i, piece in enumerate(self._frame[:-2])]
-        pieces[-1] = pieces[-1].removesuffix(" ")
-        if not any(mark and mark in fill for mark in self._marks for fill in fills.values()):
-            return self._bos + self._ids("".join(pieces))
+        return self.prefixes([example])[0]
+
+    def prefixes(self, examples: Sequence[Example]) -> list[list[int]]:
+        """`prefix` of each."""
+        found: list[list[int] | None] = []
+        plain: list[str] = []
+        for example in examples:
+            fills = {"text": example.text, "token": example.word}
+            pieces = [fills.get(piece, piece) if i % 2 else piece for i, piece in enumerate(self._frame[:-2])]
+            pieces[-1] = pieces[-1].removesuffix(" ")
+            marked = any(mark and mark in fill for mark in self._marks for fill in example)
+            found.append(self._literally(pieces) if marked else None)
+            plain += [] if marked else ["".join(pieces)]
+        ids = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
+        return [self._bos + list(next(ids)) if own is None else own for own in found]
+
+    def _literally(self, pieces: list[str]) -> list[int]:
+        """Ids of a prompt whose fills, every second piece, hold what would be read as special tokens."""
         for i in range(1, len(pieces), 2):
             if pieces[i - 1].endswith(" "):
                 pieces[i - 1], pieces[i] = pieces[i - 1][:-1], " " + pieces[i]
@@ -159,6 +172,25 @@ class Judge:
         kept = [(i, t) for (i, t), ids in zip(likely, given, strict=True) if list(ids[base:]) == [i]]
         return Words(torch.tensor([i for i, _ in kept], dtype=torch.int64, device=self.device), [t for _, t in kept])
 
+    @property
+    def whole(self) -> bool:
+        """Whether the tokenizer's tokens are words, pieces being marked: then none of `words` begins longer ones only."""
+        return type(self.tokenizer.backend_tokenizer.model).__name__ in ("WordLevel", "WordPiece")
+
+    def knows(self, words: Sequence[str]) -> list[bool]:
+        """Whether each word of a text is no unknown token, and one token where tokens are words."""
+        given = self.tokenizer([self._space + word for word in words], add_special_tokens=False)["input_ids"]
+        return [self.tokenizer.unk_token_id not in ids and (len(ids) == 1 or not self.whole) for ids in given]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that `Cached` takes a token."""
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        shared = getattr(config, "num_key_value_heads", None) or heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return int(2 * config.num_hidden_layers * shared * width * self._embedding.weight.element_size())
+
     def embed(self, ids: Tensor) -> Tensor:
         """[..., width] of token ids: what a vector at the slot is a mixture of, in the model's precision."""
         found: Tensor = self._embedding(ids.to(self.device))
@@ -173,7 +205,7 @@ class Judge:
 
         if not examples:
             raise ValueError("no examples to prepare")
-        prefixes = [self.prefix(example) for example in examples]
+        prefixes = self.prefixes(examples)
         lengths = torch.tensor([len(ids) for ids in prefixes])
         longest, room = int(lengths.max()), len(self._tail) + 1
         if self.max_context is not None and longest + room > self.max_context:
@@ -185,7 +217,7 @@ class Judge:
         values: list[Tensor] = []
         prior = torch.empty(len(examples), self.size, device=self.device)
         order = lengths.argsort(descending=True, stable=True)
-        pad = _pad_id(self.tokenizer, self.size)
+        pad = pad_id_of(self.tokenizer, self.size)
         for part in order.split(self._batch(longest)):
             width = int(lengths[part].max())
             ids = torch.tensor([[pad] * (width - len(prefixes[i])) + prefixes[i] for i in part.tolist()], device=self.device)
@@ -282,6 +314,7 @@ def load_judge(
     """The judge of a folder or hub name; `demo` is the built-in one.
 
     Args:
+        dtype: auto is bfloat16 on a GPU, else float32.
         subject: its weights are shared where it is the same model. The built-in subject and judge are two.
     """
     if subject is not None and model == subject.name != "demo" and revision in (None, subject.revision):
@@ -290,10 +323,10 @@ def load_judge(
             subject.model, subject.tokenizer, name=model, template=template, max_context=subject.max_context
         )  # fmt: skip
     folder = str(Path(__file__).resolve().parent.parent / "demo" / "judge") if model == "demo" else model
+    on = resolve_device(device)
+    dtype = ("bfloat16" if on.type == "cuda" else "float32") if dtype == "auto" else dtype
     try:
-        loaded = load(
-            folder, revision=revision, dtype=dtype, device=resolve_device(device), context=1, trust_remote_code=trust_remote_code
-        )
+        loaded = load(folder, revision=revision, dtype=dtype, device=on, context=1, trust_remote_code=trust_remote_code)
     except BadInput as error:
         raise BadInput(str(error).replace("subject.model:", "optimize.judge:")) from error
     _check_kind(loaded.anatomy.kind, model)

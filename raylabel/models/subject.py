@@ -267,7 +267,7 @@ def load_subject(
         sites.check_site(anatomy, site)
     if quadrants:
         sites.check_quadrants(anatomy, site)
-    prepend, bos_id = _resolve_bos(tokenizer, bos, loaded.prepends_bos)
+    prepend, bos_id = resolve_bos(tokenizer, bos, loaded.prepends_bos)
     coordinates, n_layers = sites.width(anatomy, site), len(anatomy.blocks)
     return Subject(
         name=loaded.name,
@@ -286,7 +286,7 @@ def load_subject(
         prepend_bos=prepend,
         bos_id=bos_id,
         special_ids=special_ids(tokenizer),
-        pad_id=_pad_id(tokenizer, anatomy.vocabulary),
+        pad_id=pad_id_of(tokenizer, anatomy.vocabulary),
         max_context=loaded.max_context,
         model=loaded.model,
         anatomy=anatomy,
@@ -295,7 +295,7 @@ def load_subject(
     )
 
 
-def _resolve_bos(tokenizer: Any, policy: str, convention: bool | None) -> tuple[bool, int | None]:
+def resolve_bos(tokenizer: Any, policy: str, convention: bool | None) -> tuple[bool, int | None]:
     """(whether samples begin with BOS, its id). `auto` asks the model's convention, else what the tokenizer does."""
     bos_id = tokenizer.bos_token_id
     if policy == "never":
@@ -314,7 +314,8 @@ def _resolve_bos(tokenizer: Any, policy: str, convention: bool | None) -> tuple[
     return False, bos_id
 
 
-def _pad_id(tokenizer: Any, vocabulary: int) -> int:
+def pad_id_of(tokenizer: Any, vocabulary: int) -> int:
+    """A valid id for positions that do not count."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and token < vocabulary:
             return int(token)

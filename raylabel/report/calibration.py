@@ -21,6 +21,7 @@ Q = (0.01, 0.05, 0.1, 0.2)
 DECOY_RATE = (1.0, 0.2, 0.05, 0.01)
 NORMALISED = (0.1, 0.25, 0.5)
 LEVEL = 0.05
+MEANINGLESS = ("decoy", "null")
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,39 @@ class Setting:
         return bool(rates) and all(rate is not None and rate <= LEVEL for rate in rates)
 
 
+def recovery(run: RunDir) -> dict[str, tuple[Share, Share | None]]:
+    """Kind of control, as in `recall` -> (concepts claimed, planted lists recovered); {} for a run without concepts."""
+    sums: dict[str, list[Any]] = {}
+    for row in run.table("calibration").to_pylist():
+        if row["claimed"] is not None:
+            own = sums.setdefault(_kind(row), [0, 0, None])
+            own[0] += row["n"]
+            own[1] += row["claimed"]
+            if row["recovered"] is not None:
+                own[2] = (own[2] or 0) + row["recovered"]
+    return {
+        name: (Share(claimed, n), None if known is None else Share(known, n))
+        for name, (n, claimed, known) in sorted(sums.items(), key=_rank)
+    }
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return row["control"] if row["difficulty"] is None else f"planted: {row['difficulty']}"
+
+
+def _rank(item: tuple[str, Any]) -> int:
+    order = [*MEANINGLESS, *(f"planted: {name}" for name in DIFFICULTIES)]
+    return order.index(item[0]) if item[0] in order else len(order)
+
+
 def recall(run: RunDir) -> dict[str, tuple[Share, Share]]:
     """Kind of control, planted ones by difficulty -> (flagged, verified) over all layers."""
     sums: dict[str, np.ndarray] = {}
     for row in run.table("calibration").to_pylist():
-        name = row["control"] if row["difficulty"] is None else f"planted: {row['difficulty']}"
+        name = _kind(row)
         counts = np.array([row["n"], row["flagged"], row["verified"]])
         sums[name] = sums.get(name, 0) + counts
-    order = ["decoy", "null", *(f"planted: {name}" for name in DIFFICULTIES)]
-    found = sorted(sums.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    found = sorted(sums.items(), key=_rank)
     return {name: (Share(int(k), int(n)), Share(int(v), int(n))) for name, (n, k, v) in found}
 
 

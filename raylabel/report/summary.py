@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +19,10 @@ MEASURES = {
     "flagged": pc.field("flagged"),
     "verified": pc.field("verified"),
 }
+
+
+KNOWN = 0.5
+"""A judge that knows fewer of the words it is asked about is out of its depth."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,18 @@ def shares(run: RunDir) -> dict[str, tuple[Share, Share]]:
     units = run.table("results")
     decoys = run.controls.table("results", filter=pc.field("control") == "decoy")
     return {name: (_share(units, which), _share(decoys, which)) for name, which in MEASURES.items()}
+
+
+def concepts(run: RunDir) -> dict[str, Any] | None:
+    """Units searched and claimed, how the judge did, and at how many units it is out of its depth; None without concepts."""
+    if not run.complete("concepts"):
+        return None
+    told = json.loads(run.files.read("judge.json"))
+    if told["judge"] is None:
+        return None
+    table = run.table("concepts", columns=["claimed", "known", "status"]).filter(pc.field("status") != "too_few")
+    deep = table.filter(pc.field("known") < KNOWN).num_rows
+    return {**told, "searched": table.num_rows, "claimed": pc.sum(table["claimed"]).as_py() or 0, "deep": deep}
 
 
 def exceeds(units: Share, decoys: Share) -> bool:

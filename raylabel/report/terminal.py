@@ -10,11 +10,13 @@ from rich.text import Text
 
 from raylabel.api import UnitView
 from raylabel.report.calibration import Setting
-from raylabel.report.summary import Share, exceeds
+from raylabel.report.summary import KNOWN, Share, exceeds
 from raylabel.stages.results import visible
 
 PHRASES = 3
 SWAPS = 3
+SHOWN, BOLD, FAINT, LIGHTEST = 8, 0.3, 0.1, 0.005
+"""Words of a concept that are shown, and from which weight on they are bold, not faint, shown at all."""
 WIDTH = 120
 """Columns where the output is no terminal."""
 
@@ -98,6 +100,8 @@ def unit_card(unit: UnitView) -> RenderableType:
         parts.append(_causal(verdict))
     if unit.scores:
         parts.append(scores_table(unit.scores))
+    if unit.concept:
+        parts.append(concept_card(unit.concept))
     if numbers:
         for name, sign in (("logits_up", "raises"), ("logits_down", "lowers")):
             words = ", ".join(repr(p["token"]) for p in (numbers[name] or [])[:8])
@@ -130,6 +134,38 @@ def _causal(verdict: dict[str, Any]) -> RenderableType:
     if verdict.get("promoted"):
         line.append(f"   promoted: {clean(', '.join(verdict['promoted'][:8]))}")
     return Group(table, line)
+
+
+def concept_card(concept: dict[str, Any]) -> Text:
+    """The concept as weighted words, the heavier the bolder, with what the score split says of the best one."""
+    if not concept["words"]:
+        return Text("concept: too few examples to search for one")
+    text = Text("concept: ")
+    for word, weight in list(zip(concept["words"], concept["weights"], strict=True))[:SHOWN]:
+        if weight < LIGHTEST and text.plain != "concept: ":
+            break
+        style = "bold" if weight >= BOLD else "dim" if weight < FAINT else ""
+        text.append(clean(word), style=style)
+        text.append(f" {weight:.2f}  ", style="dim")
+    text.append(f"({concept['proposer']}, {concept['evaluations']} evaluations)\n")
+    if concept["auroc"] is None:
+        text.append("not tested: too few words on the score split")
+    else:
+        text.append(f"AUROC on the score split {_interval(concept, 'auroc')}, unseen words {number(concept['auroc_unseen'])}, ")
+        text.append(f"q {number(concept['q_value'], '.3f')} → ")
+    text.append("" if concept["auroc"] is None else "claimed" if concept["claimed"] else "not claimed", style="bold")
+    if (concept["known"] or 0) < KNOWN:
+        text.append(f"\nthe judge knows {number(concept['known'], '.0%')} of the words it was asked about: out of its depth")
+    return text
+
+
+def concepts_line(found: dict[str, Any]) -> str:
+    """One line on a run's concepts and their judge, of `summary.concepts`."""
+    line = f"concepts: {found['claimed']} of {found['searched']} claimed"
+    line += f"; judge {clean(found['judge'])}: AUROC {found['auroc']:.2f} on {found['pairs']} pairs with known answers"
+    if found["deep"]:
+        line += f"; out of its depth at {found['deep']} units, most of whose words it does not know"
+    return line
 
 
 def _interval(verdict: dict[str, Any], name: str) -> str:
@@ -203,13 +239,17 @@ def shares_table(shares: dict[str, tuple[Share, Share]]) -> Table:
     return table
 
 
-def calibration_table(found: dict[str, tuple[Share, Share]]) -> Table:
-    """Controls by kind and difficulty: how many were flagged and verified."""
+def calibration_table(
+    found: dict[str, tuple[Share, Share]], concepts: dict[str, tuple[Share, Share | None]] | None = None
+) -> Table:
+    """Controls by kind and difficulty: how many were flagged and verified, and what became of their concepts."""
     table = Table(title="controls: recall of planted units, false positives of the others (95 % intervals)", title_justify="left")
-    for name in ("control", "flagged", "verified"):
+    more = ("concept claimed", "list recovered") if concepts else ()
+    for name in ("control", "flagged", "verified", *more):
         table.add_column(name)
     for name, (flagged, verified) in found.items():
-        table.add_row(name, str(flagged), str(verified))
+        shown = (concepts or {}).get(name, (None, None)) if more else ()
+        table.add_row(name, str(flagged), str(verified), *("·" if share is None else str(share) for share in shown))
     return table
 
 

@@ -14,6 +14,7 @@ from raylabel.sources.records import refuse_sourceless, without_model
 from raylabel.stages.base import Stage, text_stage
 from raylabel.stages.describe_stage import BUILT_IN, DESCRIBE
 from raylabel.stages.identify_stage import IDENTIFY
+from raylabel.stages.optimize_stage import OPTIMIZE, check_settings
 from raylabel.stages.read import FETCH, READ
 from raylabel.stages.results import RESULTS
 from raylabel.stages.scan import SCAN
@@ -23,7 +24,7 @@ from raylabel.stages.tokenize import TOKENIZE
 from raylabel.stages.verify_stage import VERIFY
 from raylabel.store.rundir import RunDir
 
-PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, DESCRIBE, SCORE, RESULTS)
+PIPELINE: tuple[Stage, ...] = (TOKENIZE, SCAN, IDENTIFY, VERIFY, OPTIMIZE, DESCRIBE, SCORE, RESULTS)
 """The stages of a run over a corpus."""
 STAGES: tuple[Stage, ...] = (READ, FETCH, *PIPELINE)
 """All there are."""
@@ -63,6 +64,7 @@ def prepare(run: RunDir, config: RunConfig) -> None:
     if config.exemplars.source == "neuroscope":
         neuroscope.wanted(config)
     refuse_sourceless(config)
+    check_settings(config.optimize)
     if without_model(config):
         if config.subject.latents is not None:
             raise BadInput(f"subject.latents: belongs to a model, but subject.model is {NO_MODEL}")

@@ -52,6 +52,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         "leases": leases, "state bytes": states, "peak bytes": peak, "layer groups": groups,
         "tokens a second": round(rate), "forward seconds": round(tokens / rate * groups, 1),
         "variants at most": (n_units * len(signs) + decoys + texts) * config.verify.max_variants,
+        "judge evaluations at most": (n_units * len(signs) + decoys + texts) * config.optimize.evaluations,
         "LLM calls": 0, "LLM cost": 0.0,
     }  # fmt: skip
 

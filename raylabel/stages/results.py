@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from scipy.stats import binomtest
 
 from raylabel.config import RunConfig
+from raylabel.errors import BadInput
 from raylabel.sources.records import without_model
 from raylabel.stages.base import Stage, Step, blame_neurons
 from raylabel.stages.failures import failure_rows
@@ -25,6 +26,9 @@ from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Output, Shard
 from raylabel.tables import from_rows
+from raylabel.words.families import stem
+from raylabel.words.lists import load_lists
+from raylabel.words.segment import words
 
 LABEL_WORDS = 4
 SOURCE = "MAT words"
@@ -33,6 +37,8 @@ AGREEMENT = "agreement"
 """The scorer whose rows hold how far a label and the concept found without it agree."""
 WORDING = ("describe", "score")
 """Stages whose failures leave what was measured as it is: the unit has no label in words, or no score, but is not failed."""
+RECOVERED = 5
+"""Words of a concept among which the planted list may be."""
 OPTIONAL = ("concepts", "labels", "scores")
 _FROM_CANDIDATES = (
     "family_similarity", "phrase_similarity", "q_value", "decoy_rate", "kind", "flagged", "status", "mats", "phrases",
@@ -43,10 +49,10 @@ _FROM_VERIFICATIONS = (
 Row = dict[str, Any]
 
 
-def label(words: list[str], families: list[int], kind: str | None) -> tuple[str, str]:
+def label(mats: list[str], families: list[int], kind: str | None) -> tuple[str, str]:
     """(label, description) made of MAT words: one word a family, the most frequent families first."""
     shown: dict[int, str] = {}
-    for word, family in zip(words, families, strict=True):
+    for word, family in zip(mats, families, strict=True):
         shown.setdefault(family, word)
     counts = Counter(families)
     order = sorted(shown, key=lambda family: (-counts[family], family))[:LABEL_WORDS]
@@ -178,7 +184,8 @@ class CalibrationWorker:
         self.run = RunDir(url)
 
     def __call__(self, unit: Unit) -> Output:
-        return Output([Shard("calibration", calibration(self.run.controls.table("results"), difficulties(self.run)))])
+        truth = recoverable(self.run) if self.run.complete("concepts") else None
+        return Output([Shard("calibration", calibration(self.run.controls.table("results"), difficulties(self.run), truth))])
 
 
 def difficulties(run: RunDir) -> dict[tuple[int, int], str]:
@@ -189,8 +196,39 @@ def difficulties(run: RunDir) -> dict[tuple[int, int], str]:
     return {(layer, p.neuron): p.difficulty for layer, found in plants.items() for p in found if p.control == PLANTED}
 
 
-def calibration(results: pa.Table, difficulty: dict[tuple[int, int], str]) -> pa.Table:
-    """Rows of `calibration` from the controls' `results`; `difficulty` of planted units by (layer, neuron)."""
+def recoverable(run: RunDir) -> dict[tuple[int, int], set[str]]:
+    """(layer, neuron) of each planted unit -> stems of what its concept may be called.
+
+    These are the words it fires on at full strength, and the names and all words of the lists that they are from.
+    """
+    if not run.config["controls"]["planted"]:
+        return {}
+    try:
+        lists = load_lists(run.config["controls"]["lists"])
+    except BadInput:
+        # The file may be gone; what was planted from it is still there.
+        lists = {}
+    found: dict[tuple[int, int], set[str]] = {}
+    for layer, plants in from_json(json.loads(run.files.read("planted.json"))).items():
+        for p in plants:
+            if p.control == PLANTED:
+                full = [name for name in p.lists if not p.weak or name == p.lists[0]]
+                named = [word for name in full for word in words(name)]
+                mates = [word for name in full for word in lists.get(name, [])]
+                found[layer, p.neuron] = {stem(word) for word in (*p.words, *named, *mates)}
+    return found
+
+
+def calibration(
+    results: pa.Table, difficulty: dict[tuple[int, int], str], truth: dict[tuple[int, int], set[str]] | None = None
+) -> pa.Table:
+    """Rows of `calibration` from the controls' `results`.
+
+    Args:
+        difficulty: of planted units by (layer, neuron).
+        truth: of `recoverable`; None for a run without concepts. A planted unit is recovered if one of the first RECOVERED
+            words of its concept is among them.
+    """
     keys = zip(*(results.column(name).to_pylist() for name in ("layer", "neuron", "control")), strict=True)
     hard = [difficulty.get((layer, neuron)) if control == PLANTED else None for layer, neuron, control in keys]
     results = results.append_column("difficulty", pa.array(hard, pa.string()))
@@ -210,8 +248,28 @@ def calibration(results: pa.Table, difficulty: dict[tuple[int, int], str]) -> pa
             for name, k in hits.items():
                 row[name] = k
                 row |= dict(zip((f"{name}_rate", f"{name}_low", f"{name}_high"), interval(k, units.num_rows), strict=True))
+            if truth is not None:
+                row |= _concepts(units, truth)
             rows.append(row)
     return from_rows(rows, "calibration")
+
+
+def _concepts(units: pa.Table, truth: dict[tuple[int, int], set[str]]) -> Row:
+    """How many units' concepts were claimed, and recovered where there is something to recover."""
+    columns = (units.column(name).to_pylist() for name in ("layer", "neuron", "control", "concept_words"))
+    hits = {"claimed": pc.sum(units.column("claimed")).as_py() or 0}
+    known = [
+        any(stem(word) in truth[layer, neuron] for word in (found or [])[:RECOVERED])
+        for layer, neuron, control, found in zip(*columns, strict=True)
+        if control == PLANTED and truth.get((layer, neuron))
+    ]
+    if known:
+        hits["recovered"] = sum(known)
+    row: Row = {}
+    for name, k in hits.items():
+        row[name] = k
+        row |= dict(zip((f"{name}_rate", f"{name}_low", f"{name}_high"), interval(k, units.num_rows), strict=True))
+    return row
 
 
 def _steps(run: RunDir, config: RunConfig) -> list[Step]:

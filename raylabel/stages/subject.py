@@ -80,9 +80,14 @@ def open_tokenizer(run: RunDir) -> Any:
 def fingerprint(config: RunConfig) -> str:
     """Tells one model from another under the same name: a hash of a folder's files, else name and revision."""
     name = config.subject.model
-    folder = Path(__file__).parent.parent / "demo" / "model" if name == "demo" else Path(name)
+    return model_fingerprint(name, config.subject.revision, "model")
+
+
+def model_fingerprint(name: str, revision: str | None, built_in: str) -> str:
+    """The same of any model; `demo` is the built-in one in the folder `demo/<built_in>`."""
+    folder = Path(__file__).parent.parent / "demo" / built_in if name == "demo" else Path(name)
     if not folder.is_dir():
-        return f"{name}@{config.subject.revision}"
+        return f"{name}@{revision}"
     return _hashed([file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".model", ".txt")])
 
 

@@ -34,6 +34,7 @@ BENCHMARKS = {
     "controls": "controls:controls",
     "scrape": "scrape:scrape",
     "scores": "scores:tokens",
+    "concepts": "concepts:concepts",
 }
 ONE_THREAD = ("ray",)
 """Those whose process has one thread, as a worker on Ray has."""
