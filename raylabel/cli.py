@@ -255,6 +255,27 @@ def show(
 
 
 @app.command()
+def report(
+    folder: Folder,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the pages; default: RUN/report.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> int:
+    """A self-contained HTML report: overview, a table of all units, a page for each; opens from disk."""
+    from raylabel.report.page import write_report
+    from raylabel.store.rundir import RunDir
+
+    if out is None and "://" in folder:
+        raise BadInput(f"--out: give a folder on this machine for the report of {folder}")
+    first = write_report(RunDir(folder), Path(out) if out is not None else Path(folder) / "report")
+    print(first)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(first.resolve().as_uri())
+    return 0
+
+
+@app.command()
 def export(
     folder: Folder,
     to: Annotated[str, typer.Option("--to", help="csv, jsonl, parquet or arrow.")],

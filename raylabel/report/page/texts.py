@@ -1,0 +1,27 @@
+"""Foreign text as pages may show it. HTML is escaped where it is written; here, what no eye sees is made visible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylabel.report.terminal import clean
+
+
+def shown(text: str | None) -> str:
+    """`text` with line breaks and tabs as signs and every other character that prints nothing as an escape."""
+    if not text:
+        return ""
+    return text if text.isprintable() else clean(text)
+
+
+def name_of(layer: int, neuron: int, polarity: int) -> str:
+    """A unit as pages call it: `3.117`, with − for the low end and g≤0 where the gate is not above 0."""
+    return f"{layer}.{neuron}{'−' if polarity < 0 else ''}{' g≤0' if abs(polarity) == 2 else ''}"
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """A number with so many significant digits; None for what is none or not finite."""
+    if value is None:
+        return None
+    value = float(value)
+    return float(f"{value:.{digits}g}") if value - value == 0 else None
