@@ -209,7 +209,7 @@ def _histograms(run: RunDir) -> Markup | None:
     share = counts[:, first:last] / np.maximum(np.stack(rows).sum(1, keepdims=True), 1)
     # From one in ten million upward: a linear scale would show the middle only.
     cells = np.clip((np.log10(np.maximum(share, 1e-300)) + 7) / 7, 0, 1)
-    ticks = [(i - first + 1, f"{MAGNITUDES[i]:g}") for i in range(first, last) if i % 4 == 0 and i < len(MAGNITUDES)]
+    ticks = [(i - first + 1, f"{MAGNITUDES[i]:.2g}") for i in range(first, last) if i % 4 == 0 and i < len(MAGNITUDES)]
     return heat(names, ticks, cells.tolist(), "activation, in the model's units (half octaves)",
                 "Share of tokens by size of the activation, a row a layer, on a logarithmic scale.")  # fmt: skip
 

@@ -72,8 +72,14 @@ const raylabel = (() => {
   function number(value, digits = 2, percent = false) {
     if (value === null || value === undefined || Number.isNaN(value)) return "·";
     if (percent) return `${(100 * value).toFixed(digits)} %`;
-    const size = Math.abs(value);
-    return size !== 0 && (size >= 1e5 || size < 10 ** -digits / 2) ? value.toPrecision(2) : value.toFixed(digits);
+    const text = value.toFixed(digits);
+    return Number(text) === 0 ? text.replace("-", "") : text;
+  }
+
+  // An activation or another number of any size, with three significant digits.
+  function figure(value) {
+    if (value === null || value === undefined || Number.isNaN(value)) return "·";
+    return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3));
   }
 
   // `3.117` or `3/117` names a unit.
@@ -87,7 +93,7 @@ const raylabel = (() => {
   const theme = stored.get();
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 
-  const self = { take, load, loadJson, loadColumns, element, svg, nameOf, linkTo, number, unitNamed, index: null };
+  const self = { take, load, loadJson, loadColumns, element, svg, nameOf, linkTo, number, figure, unitNamed, index: null };
   document.addEventListener("DOMContentLoaded", () => {
     self.index = JSON.parse(document.body.dataset.index);
     document.getElementById("theme").addEventListener("click", () => {

@@ -1,7 +1,7 @@
 // The table of all units: columns come file by file, search and sort work on what has come, pages show the rows.
 "use strict";
 document.addEventListener("DOMContentLoaded", async () => {
-  const { element, number, nameOf, linkTo, index } = raylabel;
+  const { element, number, figure, nameOf, linkTo, index } = raylabel;
   const PAGE = 100, NULL_LAST = Infinity;
   const chunks = [];            // {at, rows, columns, lines(name), lower(name)}
   const head = document.querySelector("#units thead"), body = document.querySelector("#units tbody");
@@ -116,7 +116,7 @@ document.addEventListener("DOMContentLoaded", async () => {
     if (column.name === "verified") return element("td", { class: "yes" }, valueOf("verified", row) ? element("span", { role: "img", "aria-label": "verified" }, "✓") : "");
     const value = valueOf(column.name, row);
     if (index.codes[column.name]) return element("td", { class: quiet }, index.codes[column.name][value] || "·");
-    return element("td", { class: `n${quiet}` }, number(value, column.digits, column.percent));
+    return element("td", { class: `n${quiet}` }, column.name === "max" ? figure(value) : number(value, column.digits, column.percent));
   }
 
   function draw() {

@@ -1,7 +1,7 @@
 // The page of one unit, named in the address: #layer=3&neuron=117&polarity=1.
 "use strict";
 document.addEventListener("DOMContentLoaded", () => {
-  const { element: el, svg, number, linkTo, nameOf, index } = raylabel;
+  const { element: el, svg, number, figure, linkTo, nameOf, index } = raylabel;
   const BEFORE = 24, AFTER = 10, PHRASE = 5;
   const place = document.getElementById("unit");
   const files = new Map();
@@ -119,7 +119,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const short = first > 0 || last < e.tokens.length;
     if (short) text.append(more("Show all that was kept of this text", () => { text.replaceChildren(); fill(0, e.tokens.length); }));
     fill(first, last);
-    return el("div", { class: "exemplar" }, el("div", { class: "value", title: `sample ${e.sample}, document ${e.document ?? "·"}` }, number(e.activation)), text);
+    return el("div", { class: "exemplar" }, el("div", { class: "value", title: `sample ${e.sample}, document ${e.document ?? "·"}` }, figure(e.activation)), text);
   }
 
   function causal(u) {
@@ -154,7 +154,7 @@ document.addEventListener("DOMContentLoaded", () => {
   function offsets(near, random) {
     const width = 460, height = 150, base = 122, step = 74, scale = 100;
     const label = `Share kept by offset. Neighbours: ${near.map((v) => number(v)).join(", ")}. Random words: ${random.map((v) => number(v)).join(", ")}.`;
-    const made = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, style: "max-width:520px" });
+    const made = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
     for (const level of [0, 0.5, 1]) made.append(svg("line", { class: "grid", x1: 30, x2: width, y1: base - level * scale, y2: base - level * scale }), svg("text", { class: "tick", x: 24, y: base - level * scale + 4, "text-anchor": "end" }, String(level)));
     ["−5", "−4", "−3", "−2", "−1", "peak"].forEach((name, i) => {
       [[near, "concept", 0], [random, "token", 26]].forEach(([values, css, shift]) => {
@@ -171,7 +171,7 @@ document.addEventListener("DOMContentLoaded", () => {
   function logits(u) {
     const list = (values) => {
       const most = Math.max(...values.map(([, v]) => Math.abs(v)), 1e-9), css = (v) => `rgba(var(--glow), calc(var(--glow-most) * ${0.75 * Math.abs(v) / most}))`;
-      return el("ol", {}, ...values.map(([token, value]) => el("li", { style: { background: css(value) } }, el("span", { dir: "auto" }, token), el("span", {}, number(value)))));
+      return el("ol", {}, ...values.map(([token, value]) => el("li", { style: { background: css(value) } }, el("span", { dir: "auto" }, token), el("span", {}, figure(value)))));
     };
     if (!u.logits_up || !u.logits_up.length) return null;
     return section("What it writes", el("p", { class: "quiet" }, "Direct effect on the output's logits, from the weights alone" + (u.polarity < 0 ? ", for the low end." : ".")),
@@ -188,15 +188,15 @@ document.addEventListener("DOMContentLoaded", () => {
   function statistics(u) {
     const s = u.statistics;
     if (!s) return null;
-    return section("Statistics", facts([["tokens seen", whole(s.tokens_seen)], ["above 0", s.tokens_seen ? number(s.fires / s.tokens_seen, 2, true) : "·"], ["max", number(u.results.max)], ["min", number(s.min)],
-      ["mean", number(s.mean, 3)], ["standard deviation", s.variance === null ? "·" : number(Math.sqrt(s.variance), 3)], ["skewness", number(s.skewness)], ["kurtosis", number(s.kurtosis)], ["mean of the strongest", number(s.top_mean)],
+    return section("Statistics", facts([["tokens seen", whole(s.tokens_seen)], ["above 0", s.tokens_seen ? number(s.fires / s.tokens_seen, 2, true) : "·"], ["max", figure(u.results.max)], ["min", figure(s.min)],
+      ["mean", figure(s.mean)], ["standard deviation", s.variance === null ? "·" : figure(Math.sqrt(s.variance))], ["skewness", number(s.skewness)], ["kurtosis", number(s.kurtosis)], ["mean of the strongest", figure(s.top_mean)],
       ["token similarity", number(u.candidate.token_similarity)], ["p-value", number(u.candidate.p_value, 4)]]), histogram(s.histogram));
   }
 
   function histogram(bins) {
     if (bins.length < 2) return "";
     const counts = bins.slice(0, -1).map(([, n]) => n), most = Math.log10(Math.max(...counts) + 1), width = 560, height = 150, base = 118, step = (width - 40) / counts.length;
-    const made = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Histogram of activations; counts on a logarithmic scale.", style: "max-width:640px" });
+    const made = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Histogram of activations; counts on a logarithmic scale." });
     counts.forEach((n, i) => {
       const size = most ? 104 * Math.log10(n + 1) / most : 0, low = bins[i][0], high = bins[i + 1][0];
       const rect = svg("rect", { class: low !== null && low >= 0 ? "concept" : "token", x: 36 + i * step, y: base - size, width: Math.max(step - 1, 1), height: size });
