@@ -278,10 +278,10 @@ def report(
 @app.command()
 def export(
     folder: Folder,
-    to: Annotated[str, typer.Option("--to", help="csv, jsonl, parquet or arrow.")],
-    out: Annotated[str, typer.Option("--out", help="The file to write.")],
+    to: Annotated[str, typer.Option("--to", help="csv, jsonl, parquet, arrow, neuronpedia or card.")],
+    out: Annotated[str, typer.Option("--out", help="The file to write; for neuronpedia, a new folder.")],
 ) -> int:
-    """Writes the results to one file."""
+    """Writes the results to one file, the run in Neuronpedia's bulk layout, or a dataset card of the run."""
     from raylabel.report.export import export as write
     from raylabel.store.rundir import RunDir
 
@@ -289,9 +289,19 @@ def export(
     if not directory.complete("results"):
         directory.info  # noqa: B018  (a folder that is no run is the likelier mistake)
         raise BadInput(f"{folder}: no results yet; run `raylabel run` again to finish it")
-    table = directory.table("results")
-    write(table, to, out)
-    print(f"{out}: {table.num_rows} units")
+    if to == "neuronpedia":
+        from raylabel.report.neuronpedia import export_neuronpedia
+
+        print(f"{out}: {export_neuronpedia(directory, Path(out))} units")
+    elif to == "card":
+        from raylabel.report.card import write_card
+
+        write_card(directory, out)
+        print(out)
+    else:
+        table = directory.table("results")
+        write(table, to, out)
+        print(f"{out}: {table.num_rows} units")
     return 0
 
 

@@ -109,8 +109,8 @@ def write_table(run: RunDir, results: pa.Table, folder: Path) -> dict[str, Any]:
         "rows": rows, "files": len(edges) - 1, "edges": edges, "phrases": phrases, "phraseRows": PHRASE_CHUNK,
         "codes": names, "bytes": bytes_, "layers": sorted({int(layer) for layer in np.unique(columns["layer"])}),
         "columns": [
-            {"name": c.name, "title": c.title, "about": c.about, "digits": c.digits, "percent": c.percent, "rises": c.rises and c.digits is not None,
-             "narrow": c.narrow}
+            {"name": c.name, "title": c.title, "about": c.about, "digits": c.digits, "percent": c.percent,
+             "rises": c.rises and c.digits is not None, "narrow": c.narrow}
             for c in present
         ],
     }  # fmt: skip
