@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from raylabel.errors import BadInput
-from raylabel.report.page.texts import shown
+from raylabel.report.texts import shown
 from raylabel.store.rundir import RunDir
 from raylabel.tables import PER_UNIT, TABLES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from raylabel.report.page.texts import name_of, shown
+from raylabel.report.texts import name_of, shown
 
 if TYPE_CHECKING:
     from raylabel.api import Run, UnitView

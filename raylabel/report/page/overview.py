@@ -17,7 +17,7 @@ from markupsafe import Markup
 from raylabel.report import calibration, summary
 from raylabel.report.page.plots import Axis, Plot, heat
 from raylabel.report.page.table import flags, numbers
-from raylabel.report.page.texts import shown
+from raylabel.report.texts import shown
 from raylabel.report.status import stage_rows
 from raylabel.store.rundir import RunDir
 from raylabel.tables import HISTOGRAM_EDGES, MAGNITUDES

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylabel.report.page.packing import pack_columns, write_packed
-from raylabel.report.page.texts import shown
+from raylabel.report.texts import shown
 from raylabel.stages.results import visible
 from raylabel.store.rundir import RunDir
 

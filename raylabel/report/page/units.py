@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylabel.report.page.near import Near
-from raylabel.report.page.texts import name_of, rounded, shown
+from raylabel.report.texts import name_of, rounded, shown
 from raylabel.stages.results import visible
 from raylabel.store.rundir import RunDir
 from raylabel.tables import HISTOGRAM_EDGES

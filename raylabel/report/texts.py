@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from raylabel.report.terminal import clean
+
+def clean(text: str) -> str:
+    """Line breaks and tabs as signs, other control characters as escapes: nothing a terminal would act on."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
 
 
 def shown(text: str | None) -> str:
