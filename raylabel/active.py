@@ -73,8 +73,14 @@ def _sink_limits(run: RunDir) -> dict[int, float]:
 
 
 def _window(
-    subject: Any, ids: torch.Tensor, first: int, special: torch.Tensor, limits: dict[int, float], frame: pd.DataFrame, share: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    subject: Any,
+    ids: torch.Tensor,
+    first: int,
+    special: torch.Tensor,
+    limits: dict[int, float],
+    frame: pd.DataFrame,
+    share: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(position in the text, row of `frame`, activation, share) of what fires in one window, ids [1, T]."""
     layers = sorted(set(frame["layer"].tolist()))
     counts = usable(ids, torch.tensor([ids.shape[1]]), special)[0]

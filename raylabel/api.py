@@ -13,6 +13,7 @@ import pyarrow.dataset as ds
 from raylabel.config import RunConfig, load_config
 from raylabel.errors import BadInput
 from raylabel.report import notebook
+from raylabel.stages.results import OPTIONAL
 from raylabel.store.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Run:
         """Everything about one unit; `polarity` as in the tables. BadInput if the run has no such unit."""
         found = {}
         condition = (pc.field("neuron") == neuron) & (pc.field("polarity") == polarity)
-        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants", "concepts", "labels", "scores"):
+        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants", *OPTIONAL):
             found[name] = self._directory.table(name, layer, filter=condition).to_pylist()
         if not any(found.values()):
             raise BadInput(f"{self._directory.files.url}: no unit layer {layer}, neuron {neuron}, polarity {polarity:+d}")

@@ -50,19 +50,34 @@ def card(run: RunDir) -> str:
     flagged, verified = (sum(bool(v) for v in results.column(name).to_pylist()) for name in ("flagged", "verified"))
     source = config["exemplars"]["source"]
     lines = [
-        "---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", "",
-        f"# {_text(head['pretty_name'])}", "",
+        "---",
+        yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {_text(head['pretty_name'])}",
+        "",
         f"Units of `{_text(str(facts.get('name') or config['subject']['model']))}` at "
-        f"`{_text(str(config['subject']['latents'] or facts.get('site') or config['subject']['site']))}`, found, tested and labelled by "
-        f"[raylabel](https://pypi.org/project/raylabel/). Exemplars come from: {source}"
+        f"`{_text(str(config['subject']['latents'] or facts.get('site') or config['subject']['site']))}`, "
+        f"found, tested and labelled by [raylabel](https://pypi.org/project/raylabel/). Exemplars come from: {source}"
         + (f" (`{_text(str(config['exemplars']['corpus']['path']))}`)." if source == "corpus" else "."),
-        "", f"{results.num_rows:,} rows of units and polarities, {flagged:,} flagged, {verified:,} verified.", "",
-        "| table | what it holds |", "|---|---|", *(f"| `{name}` | {ABOUT[name]} |" for name in there), "",
-        "Per-unit tables lead with `layer`, `neuron` and `polarity`; `layer` lies in the path. Activations are in the model's units,",
-        "times the sign of the polarity. Verified does not mean proven: look at what the same settings do to the controls, in",
-        "`calibration` and `controls/`. The scanned text has its own licence, which is its owner's to state.", "",
-        "```python", "from datasets import load_dataset", "", 'load_dataset("parquet", data_files="results/*/*.parquet")', "```", "",
-    ]  # fmt: skip
+        "",
+        f"{results.num_rows:,} rows of units and polarities, {flagged:,} flagged, {verified:,} verified.",
+        "",
+        "| table | what it holds |",
+        "|---|---|",
+        *(f"| `{name}` | {ABOUT[name]} |" for name in there),
+        "",
+        "Per-unit tables lead with `layer`, `neuron` and `polarity`; `layer` lies in the path. Activations are in the model's",
+        "units, times the sign of the polarity. Verified is not proven: look at what the same settings do to the controls, in",
+        "`calibration` and `controls/`. The scanned text has its own licence, which is its owner's to state.",
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        "",
+        'load_dataset("parquet", data_files="results/*/*.parquet")',
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -29,23 +29,77 @@ BATCH = 1024
 EXPLANATION_TYPE = "raylabel"
 CREATOR = "raylabel"
 FEATURE = (
-    "modelId", "layer", "index", "maxActApprox", "creatorId", "frac_nonzero", "freq_hist_data_bar_heights",
-    "freq_hist_data_bar_values", "logits_hist_data_bar_heights", "logits_hist_data_bar_values", "neuron_alignment_indices",
-    "neuron_alignment_l1", "neuron_alignment_values", "correlated_neurons_indices", "correlated_neurons_l1",
-    "correlated_neurons_pearson", "decoder_weights_dist", "neg_str", "neg_values", "pos_str", "pos_values", "sourceSetName",
-    "topkCosSimIndices", "topkCosSimValues", "vector", "vectorLabel", "hookName", "vectorDefaultSteerStrength", "hasVector",
-)  # fmt: skip
+    "modelId",
+    "layer",
+    "index",
+    "maxActApprox",
+    "creatorId",
+    "frac_nonzero",
+    "freq_hist_data_bar_heights",
+    "freq_hist_data_bar_values",
+    "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values",
+    "neuron_alignment_indices",
+    "neuron_alignment_l1",
+    "neuron_alignment_values",
+    "correlated_neurons_indices",
+    "correlated_neurons_l1",
+    "correlated_neurons_pearson",
+    "decoder_weights_dist",
+    "neg_str",
+    "neg_values",
+    "pos_str",
+    "pos_values",
+    "sourceSetName",
+    "topkCosSimIndices",
+    "topkCosSimValues",
+    "vector",
+    "vectorLabel",
+    "hookName",
+    "vectorDefaultSteerStrength",
+    "hasVector",
+)
 ACTIVATION = (
-    "id", "modelId", "layer", "index", "creatorId", "dataSource", "tokens", "maxValue", "minValue", "values", "maxValueTokenIndex",
-    "dfaValues", "dfaMaxValue", "dfaTargetIndex", "binContains", "binMin", "binMax",
-)  # fmt: skip
+    "id",
+    "modelId",
+    "layer",
+    "index",
+    "creatorId",
+    "dataSource",
+    "tokens",
+    "maxValue",
+    "minValue",
+    "values",
+    "maxValueTokenIndex",
+    "dfaValues",
+    "dfaMaxValue",
+    "dfaTargetIndex",
+    "binContains",
+    "binMin",
+    "binMax",
+)
 EXPLANATION = (
-    "id", "modelId", "layer", "index", "authorId", "description", "embedding", "typeName", "explanationModelName", "umap_x",
-    "umap_y", "umap_cluster", "umap_log_feature_sparsity",
-)  # fmt: skip
+    "id",
+    "modelId",
+    "layer",
+    "index",
+    "authorId",
+    "description",
+    "embedding",
+    "typeName",
+    "explanationModelName",
+    "umap_x",
+    "umap_y",
+    "umap_cluster",
+    "umap_log_feature_sparsity",
+)
 _LISTS = {name for name in FEATURE if name.endswith(("heights", "values", "indices", "l1", "pearson", "_str"))} | {
-    "topkCosSimIndices", "topkCosSimValues", "vector", "dfaValues", "decoder_weights_dist",
-}  # fmt: skip
+    "topkCosSimIndices",
+    "topkCosSimValues",
+    "vector",
+    "dfaValues",
+    "decoder_weights_dist",
+}
 Line = dict[str, Any]
 
 
@@ -82,7 +136,7 @@ def source_id(layer: int, site: str, polarity: int) -> tuple[str, str]:
 def _source(run: RunDir, out: Path, model: str, layer: int, polarity: int, results: pa.Table) -> int:
     """The three folders of a layer and polarity."""
     site = run.resolved.get("site") or run.config["subject"]["site"]
-    source, group = source_id(layer, str(run.config["subject"]["latents"] and "latents" or site), polarity)
+    source, group = source_id(layer, str((run.config["subject"]["latents"] and "latents") or site), polarity)
     base = {"modelId": model, "layer": source}
     last = max(results.column("neuron").to_pylist(), default=-1)
     condition = pc.field("polarity") == polarity
@@ -108,8 +162,15 @@ def _source(run: RunDir, out: Path, model: str, layer: int, polarity: int, resul
 
 def _feature(base: Line, group: str, row: Line, numbers: Line | None) -> Line:
     line: Line = {name: [] if name in _LISTS else None for name in FEATURE}
-    line |= {**base, "index": str(row["neuron"]), "maxActApprox": row["max"] or 0.0, "creatorId": CREATOR, "sourceSetName": group,
-             "hookName": row["site"], "hasVector": False}  # fmt: skip
+    line |= {
+        **base,
+        "index": str(row["neuron"]),
+        "maxActApprox": row["max"] or 0.0,
+        "creatorId": CREATOR,
+        "sourceSetName": group,
+        "hookName": row["site"],
+        "hasVector": False,
+    }
     if numbers is not None:
         edges, counts = HISTOGRAM_EDGES, numbers["histogram"] or []
         bars = [(edges[i], n) for i, n in enumerate(counts) if n and edges[i] >= 0]
@@ -117,10 +178,13 @@ def _feature(base: Line, group: str, row: Line, numbers: Line | None) -> Line:
         up, down = numbers["logits_up"] or [], numbers["logits_down"] or []
         line |= {
             "frac_nonzero": numbers["fires"] / seen if seen else 0.0,
-            "freq_hist_data_bar_values": [value for value, _ in bars], "freq_hist_data_bar_heights": [n for _, n in bars],
-            "pos_str": [p["token"] for p in up], "pos_values": [p["value"] for p in up],
-            "neg_str": [p["token"] for p in down], "neg_values": [p["value"] for p in down],
-        }  # fmt: skip
+            "freq_hist_data_bar_values": [value for value, _ in bars],
+            "freq_hist_data_bar_heights": [n for _, n in bars],
+            "pos_str": [p["token"] for p in up],
+            "pos_values": [p["value"] for p in up],
+            "neg_str": [p["token"] for p in down],
+            "neg_values": [p["value"] for p in down],
+        }
     return line
 
 
@@ -133,10 +197,17 @@ def _activations(base: Line, exemplars: list[Line]) -> Iterator[Line]:
         index = str(row["neuron"])
         name = [base["modelId"], base["layer"], index, row["sampling"], row["split"], row["rank"]]
         yield line | {
-            **base, "id": _id(*name), "index": index, "creatorId": CREATOR, "dataSource": row["source"], "tokens": row["tokens"],
-            "values": values, "maxValue": row["activation"], "minValue": min(values, default=0.0),
+            **base,
+            "id": _id(*name),
+            "index": index,
+            "creatorId": CREATOR,
+            "dataSource": row["source"],
+            "tokens": row["tokens"],
+            "values": values,
+            "maxValue": row["activation"],
+            "minValue": min(values, default=0.0),
             "maxValueTokenIndex": row["position"],
-        }  # fmt: skip
+        }
 
 
 def _explanation(base: Line, row: Line) -> Line:
@@ -144,9 +215,14 @@ def _explanation(base: Line, row: Line) -> Line:
     index = str(row["neuron"])
     # An empty embedding would be read as one.
     return line | {
-        **base, "id": _id(base["modelId"], base["layer"], index, "label"), "index": index, "authorId": CREATOR,
-        "description": row["label"], "typeName": EXPLANATION_TYPE, "explanationModelName": row["label_source"],
-    }  # fmt: skip
+        **base,
+        "id": _id(base["modelId"], base["layer"], index, "label"),
+        "index": index,
+        "authorId": CREATOR,
+        "description": row["label"],
+        "typeName": EXPLANATION_TYPE,
+        "explanationModelName": row["label_source"],
+    }
 
 
 def _id(*parts: Any) -> str:

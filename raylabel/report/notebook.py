@@ -34,8 +34,14 @@ def run_html(run: Run) -> str:
         place = (row["layer"], row["neuron"], row["polarity"])
         found = exemplars.get(place, [])
         phrase = _phrase(found[0]) if found else ""
-        cells = [name_of(*place), _text(row["label"] or f"({row['status']})"), row["kind"] or "·", row["evidence"] or "·",
-                 _number(row["normalised_activation"]), _number(row["score"])]  # fmt: skip
+        cells = [
+            name_of(*place),
+            _text(row["label"] or f"({row['status']})"),
+            row["kind"] or "·",
+            row["evidence"] or "·",
+            _number(row["normalised_activation"]),
+            _number(row["score"]),
+        ]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"<td>{phrase}</td></tr>")
     names = ("unit", "label", "kind", "evidence", "norm.", "score", "strongest phrase")
     heads = "".join(f"<th>{name}</th>" for name in names)
@@ -48,15 +54,20 @@ def unit_html(unit: UnitView) -> str:
     head = f"<b>layer {unit.layer}, neuron {unit.neuron}, polarity {unit.polarity:+d}</b>"
     result = unit.result
     facts = [
-        ("kind", result.get("kind")), ("evidence", result.get("evidence")), ("normalised", _number(result.get("normalised_activation"))),
-        ("specificity", _number(result.get("specificity"))), ("score", _number(result.get("score"))),
+        ("kind", result.get("kind")),
+        ("evidence", result.get("evidence")),
+        ("normalised", _number(result.get("normalised_activation"))),
+        ("specificity", _number(result.get("specificity"))),
+        ("score", _number(result.get("score"))),
         ("verified", "yes" if result.get("verified") else "no"),
-    ]  # fmt: skip
+    ]
     words = ", ".join(_text(word) for word in (unit.concept.get("words") or [])[:8])
     lines = [f"<div>{head}: {_text(result.get('label') or 'no label')}</div>"]
     if result.get("description"):
         lines.append(f"<div>{_text(result['description'])}</div>")
-    lines.append("<div>" + " · ".join(f"{name} {_text(str(value))}" for name, value in facts if value not in (None, "·")) + "</div>")
+    lines.append(
+        "<div>" + " · ".join(f"{name} {_text(str(value))}" for name, value in facts if value not in (None, "·")) + "</div>"
+    )
     if words:
         lines.append(f"<div>concept: {words}</div>")
     return "".join([*lines, *(exemplar_html(row) for row in unit.top()[:EXEMPLARS])])

@@ -25,7 +25,7 @@ def read(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     for place in sorted(folder.rglob("batch-*.jsonl.gz")):
         assert re.fullmatch(r"batch-\d+\.jsonl\.gz", place.name)
         model, source, kind = place.relative_to(folder).parts[:3]
-        lines = [json.loads(line) for line in gzip.open(place, "rt", encoding="utf-8").read().split("\n") if line]
+        lines = [json.loads(line) for line in gzip.decompress(place.read_bytes()).decode().split("\n") if line]
         assert all(line["modelId"] == model and line["layer"] == source for line in lines)
         found.setdefault(source, {}).setdefault(kind, []).extend(lines)
     return found
@@ -95,7 +95,11 @@ def test_the_command_and_a_folder_that_is_in_use(run: RunDir, tmp_path: Path, co
 
 
 def test_names() -> None:
-    assert model_id("/models/My Model") == "my-model" and model_id("EleutherAI/pythia-70m") == "pythia-70m" and model_id("??") == "model"
+    assert (
+        model_id("/models/My Model") == "my-model"
+        and model_id("EleutherAI/pythia-70m") == "pythia-70m"
+        and model_id("??") == "model"
+    )
     assert source_id(3, "mlp_post", 1) == ("3-raylabel-mlp-post", "raylabel-mlp-post")
     assert source_id(3, "mlp_post", -1)[0] == "3-raylabel-mlp-post__low"
     assert source_id(3, "mlp_post", -2)[0] == "3-raylabel-mlp-post__low-gate0"

@@ -41,7 +41,7 @@ def links(config: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, str]]
 
 
 def _neuroscope(subject: dict[str, Any], facts: dict[str, Any]) -> str | None:
-    """Neuroscope's name of the subject whose neurons are read at the site it shows: before SoLU's norm, else after the MLP's function."""
+    """Neuroscope's name of a subject read at the site it shows: before SoLU's norm, else after the MLP's function."""
     if subject["latents"] is not None:
         return None
     name = _last(subject["model"])

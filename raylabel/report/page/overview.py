@@ -12,22 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from markupsafe import Markup
 
 from raylabel.report import calibration, summary
-from raylabel.report.page.plots import Axis, Plot, heat
+from raylabel.report.page import figures
+from raylabel.report.page.plots import Axis, Plot
 from raylabel.report.page.table import flags, numbers
-from raylabel.report.texts import shown
 from raylabel.report.status import stage_rows
+from raylabel.report.texts import shown
 from raylabel.store.rundir import RunDir
-from raylabel.tables import HISTOGRAM_EDGES, MAGNITUDES
 
-POINTS = 4000
-"""Units drawn at most in a cloud of points; of more, as many are drawn at random."""
 LISTED = 200
 """Failures listed at most."""
 Z = 1.96
-KINDS = ("decoy", "null", "planted")
 Tree = dict[str, Any]
 
 
@@ -35,11 +31,20 @@ def overview(run: RunDir, results: pa.Table) -> Tree:
     """Everything the template asks for."""
     controls = run.controls.table("results") if run.controls.paths("results") else None
     return {
-        **_head(run), "figures": _figures(run, results, controls), "layers": _layers(run, results),
-        "cloud": _cloud(run, results, controls), "retention": _retention(run, results), "histograms": _histograms(run),
-        "beside": _beside(run, controls), "curves": _curves(results, controls), "calibration": _calibration(run),
-        "scores": _scores(run), "stages": _stages(run), "failures": _failures(run), "controls": _count(controls),
-    }  # fmt: skip
+        **_head(run),
+        "figures": _figures(run, results, controls),
+        "layers": _layers(run, results),
+        "cloud": figures.cloud(run, results, controls),
+        "retention": figures.retention(run, results),
+        "histograms": figures.histograms(run),
+        "beside": _beside(run, controls),
+        "curves": figures.curves(results, controls),
+        "calibration": _calibration(run),
+        "scores": _scores(run),
+        "stages": _stages(run),
+        "failures": _failures(run),
+        "controls": _count(controls),
+    }
 
 
 def _head(run: RunDir) -> Tree:
@@ -51,12 +56,15 @@ def _head(run: RunDir) -> Tree:
     created = datetime.datetime.fromtimestamp(info["created"], datetime.UTC)
     site = facts.get("site") or config["subject"]["site"]
     return {
-        "model": shown(facts.get("name") or config["subject"]["model"]), "revision": shown(facts.get("revision") or ""),
-        "site": shown(config["subject"]["latents"] or site), "source": shown(f"{source}: {where} {sources}".strip(" :")),
-        "created": created.strftime("%Y-%m-%d %H:%M UTC"), "preset": config.get("preset", "default"),
+        "model": shown(facts.get("name") or config["subject"]["model"]),
+        "revision": shown(facts.get("revision") or ""),
+        "site": shown(config["subject"]["latents"] or site),
+        "source": shown(f"{source}: {where} {sources}".strip(" :")),
+        "created": created.strftime("%Y-%m-%d %H:%M UTC"),
+        "preset": config.get("preset", "default"),
         "versions": ", ".join(f"{shown(k)} {shown(str(v))}" for k, v in info["configs"][-1]["versions"].items()),
         "tokens": _tokens(run),
-    }  # fmt: skip
+    }
 
 
 def _tokens(run: RunDir) -> int | None:
@@ -75,19 +83,21 @@ def _figures(run: RunDir, results: pa.Table, controls: pa.Table | None) -> list[
     if decoys is not None and decoys.num_rows:
         beside = f"of decoys {flags(decoys, 'verified').mean():.1%}"
     both = len(np.unique(results.column("polarity").to_numpy())) > 1
-    figures = [
+    shown_ = [
         {"value": f"{n:,}", "name": "units and polarities" if both else "units", "note": ""},
         {"value": f"{verified:,}", "name": "verified", "note": f"{verified / n:.1%} of units; {beside}".strip("; ") if n else ""},
     ]
     if run.complete("concepts"):
         claimed, tried = int(flags(results, "claimed").sum()), run.table("concepts", columns=["neuron"]).num_rows
-        figures.append({"value": f"{claimed:,}", "name": "concepts borne out", "note": f"of {tried:,} searched, on held-back text"})
+        shown_.append(
+            {"value": f"{claimed:,}", "name": "concepts borne out", "note": f"of {tried:,} searched, on held-back text"}
+        )
     score = numbers(results, "score")
     if np.isfinite(score).any():
         k = int(np.isfinite(score).sum())
-        figures.append({"value": f"{np.nanmean(score):.2f}", "name": "mean corrected score", "note": f"{k:,} labels scored"})
-    figures.append({"value": f"{failures:,}", "name": "failures", "note": "listed below" if failures else "nothing was left out"})
-    return figures
+        shown_.append({"value": f"{np.nanmean(score):.2f}", "name": "mean corrected score", "note": f"{k:,} labels scored"})
+    shown_.append({"value": f"{failures:,}", "name": "failures", "note": "listed below" if failures else "nothing was left out"})
+    return shown_
 
 
 def _layers(run: RunDir, results: pa.Table) -> list[Tree]:
@@ -106,112 +116,21 @@ def _layers(run: RunDir, results: pa.Table) -> list[Tree]:
         mine = layers == layer
         n = int(mine.sum())
         shares = {e: float((verified & mine & (evidence == e)).sum()) / n for e in ("concept", "token", "context")}
-        rows.append({
-            "layer": int(layer), "units": n, "dead": dead[layer], "flagged": int((flagged & mine).sum()),
-            "meaning": int((mine & (kind == "meaning")).sum()), "word": int((mine & (kind == "word")).sum()),
-            "verified": int((verified & mine).sum()), "claimed": int((claimed & mine).sum()), "failed": int((failed & mine).sum()),
-            "shares": shares,
-        })  # fmt: skip
+        rows.append(
+            {
+                "layer": int(layer),
+                "units": n,
+                "dead": dead[layer],
+                "flagged": int((flagged & mine).sum()),
+                "meaning": int((mine & (kind == "meaning")).sum()),
+                "word": int((mine & (kind == "word")).sum()),
+                "verified": int((verified & mine).sum()),
+                "claimed": int((claimed & mine).sum()),
+                "failed": int((failed & mine).sum()),
+                "shares": shares,
+            }
+        )
     return rows
-
-
-def _cloud(run: RunDir, results: pa.Table, controls: pa.Table | None) -> Tree | None:
-    """Similarity against normalised activation, units beside decoys, each with the settings' thresholds."""
-    identify, verify = run.config["identify"], run.config["verify"]
-    name = "phrase_similarity" if identify["similarity"] is not None else "family_similarity"
-    groups = {"units": results}
-    if controls is not None:
-        groups["decoys"] = controls.filter(pc.field("control") == "decoy")
-    data = {}
-    for group, table in groups.items():
-        x, y, good = numbers(table, name), numbers(table, "normalised_activation"), flags(table, "verified")
-        whole = np.isfinite(x) & np.isfinite(y)
-        data[group] = (x[whole], y[whole], good[whole], table.num_rows)
-    if not len(data["units"][0]):
-        return None
-    every = np.concatenate([d[0] for d in data.values()])
-    low, high = min(0.0, float(every.min())), max(float(every.max()), identify["similarity"] or 0.0, 0.1)
-    plots = []
-    for group, (x, y, good, total) in data.items():
-        title = f"{name.replace('_', ' ')} of {len(x):,} of {total:,} {group}"
-        plot = Plot(Axis(low, high, title), Axis(0, 1, "normalised activation"), f"Scatter of {title} against normalised activation.")
-        draw = np.random.default_rng(0).permutation(len(x))[:POINTS]
-        points = {css: [(float(x[i]), float(y[i])) for i in draw if good[i] == verified] for css, verified in
-                  (("quiet", False), ("good", True))}  # fmt: skip
-        marks = [plot.dots(points["quiet"], "quiet", 1.6), plot.dots(points["good"], "good", 2)]
-        marks.append(plot.threshold(verify["normalised"], f"verified from {verify['normalised']:g}"))
-        if identify["similarity"] is not None:
-            marks.append(plot.threshold(identify["similarity"], f"flagged from {identify['similarity']:g}", vertical=True))
-        plots.append(plot.svg(marks))
-    more = max(len(d[0]) for d in data.values()) > POINTS
-    flagged = "" if identify["similarity"] is not None else (
-        f"No similarity is asked of a flagged unit: it is flagged by its q-value (≤ {identify['fdr']}) or as a word detector."
-    )
-    return {"plots": plots, "drawn": POINTS if more else None, "flagged": flagged}
-
-
-def _retention(run: RunDir, results: pa.Table) -> Tree | None:
-    """Mean retention by offset over verified units, neighbours beside random words, with intervals over units."""
-    if not run.complete("verifications"):
-        return None
-    columns = ["verified", "retention_by_offset", "retention_random_by_offset"]
-    table = run.table("verifications", columns=columns)
-    table = table.filter(pc.field("verified"))
-    if not table.num_rows:
-        return None
-    plot = Plot(
-        Axis(-5.3, 0.3, "word swapped, counted from the word at the peak", (-5, -4, -3, -2, -1, 0),
-             ("−5", "−4", "−3", "−2", "−1", "peak")),
-        Axis(0, 1.1, "share of the activation kept", (0, 0.25, 0.5, 0.75, 1)),
-        "Mean retention by offset of the swapped word, neighbours and random words.",
-    )  # fmt: skip
-    marks, rows = [], []
-    for name, css, title in (("retention_by_offset", "good", "neighbours"), ("retention_random_by_offset", "other", "random words")):
-        lists = [v for v in table.column(name).to_pylist() if v]
-        if not lists:
-            continue
-        values = np.array([[np.nan if x is None else x for x in v] for v in lists], np.float64)
-        n = np.isfinite(values).sum(0)
-        # Not nanmean, which warns where no unit has a value.
-        mean = np.nansum(values, 0) / np.maximum(n, 1)
-        error = Z * np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(n - 1, 1) / np.maximum(n, 1))
-        at = range(-5, 1)
-        middle = [(x, float(m) if k else None) for x, m, k in zip(at, mean, n, strict=True)]
-        marks.append(plot.band([(x, None if m is None else m - e, None if m is None else m + e)
-                                for (x, m), e in zip(middle, error.tolist(), strict=True)], css))  # fmt: skip
-        marks.append(plot.line(middle, css))
-        rows.append((title, [m for _, m in middle]))
-    return {"plot": plot.svg(marks), "rows": rows, "n": table.num_rows}
-
-
-def _histograms(run: RunDir) -> Markup | None:
-    """A row a layer: how its units' activations are spread, positive ones, on a scale of half octaves."""
-    if not run.complete("statistics"):
-        return None
-    table = run.table("statistics", columns=["layer", "histogram"])
-    names, rows = [], []
-    width = len(HISTOGRAM_EDGES) - 1
-    for layer in sorted(set(table.column("layer").to_pylist())):
-        lists = table.filter(pc.field("layer") == layer).column("histogram").combine_chunks().drop_null()
-        flat = lists.flatten().to_numpy()
-        if len(flat) == 0 or len(flat) % width:
-            continue
-        names.append(f"layer {layer}")
-        rows.append(flat.reshape(-1, width).sum(0).astype(np.float64))
-    if not rows:
-        return None
-    middle = len(MAGNITUDES)
-    counts = np.stack(rows)[:, middle:]
-    filled = np.flatnonzero(counts.sum(0))
-    if not len(filled):
-        return None
-    first, last = int(filled[0]), int(filled[-1]) + 1
-    share = counts[:, first:last] / np.maximum(np.stack(rows).sum(1, keepdims=True), 1)
-    # From one in ten million upward: a linear scale would show the middle only.
-    cells = np.clip((np.log10(np.maximum(share, 1e-300)) + 7) / 7, 0, 1)
-    ticks = [(i - first + 1, f"{MAGNITUDES[i]:.2g}") for i in range(first, last) if i % 4 == 0 and i < len(MAGNITUDES)]
-    return heat(names, ticks, cells.tolist(), "activation, in the model's units (half octaves)",
-                "Share of tokens by size of the activation, a row a layer, on a logarithmic scale.")  # fmt: skip
 
 
 def _beside(run: RunDir, controls: pa.Table | None) -> Tree | None:
@@ -222,8 +141,9 @@ def _beside(run: RunDir, controls: pa.Table | None) -> Tree | None:
     plot = Plot(
         Axis(0, 1, "share, with 95 % interval", percent=True),
         Axis(-0.6, len(found) - 0.4, "", [float(i) for i in range(len(found))], list(reversed(found))),
-        "Share of units and of decoys by measure.", left=118,
-    )  # fmt: skip
+        "Share of units and of decoys by measure.",
+        left=118,
+    )
     marks, rows = [], []
     for i, (name, (units, decoys)) in enumerate(reversed(found.items())):
         for share, css, offset in ((units, "good", 0.14), (decoys, "other", -0.14)):
@@ -232,34 +152,6 @@ def _beside(run: RunDir, controls: pa.Table | None) -> Tree | None:
                 marks.append(plot.interval(i + offset, low, value, high, css))
         rows.append((name, str(units), str(decoys), summary.exceeds(units, decoys)))
     return {"plot": plot.svg(marks), "rows": list(reversed(rows))}
-
-
-def _curves(results: pa.Table, controls: pa.Table | None) -> Tree | None:
-    """How many units and controls pass as a threshold moves: the q-value, and the normalised activation."""
-    groups = {"units": results}
-    for kind in KINDS if controls is not None else ():
-        assert controls is not None
-        mine = controls.filter(pc.field("control") == kind)
-        if mine.num_rows:
-            groups[f"{kind}s" if kind != "planted" else "planted"] = mine
-    if len(groups) == 1:
-        return None
-    css = {"units": "good", "decoys": "other", "nulls": "third", "planted": "fourth"}
-    grid = np.linspace(0, 1, 51)
-    q_grid = np.linspace(0, 0.25, 51)
-    one = Plot(Axis(0, 0.25, "q-value at most"), Axis(0, 1, "share of kind meaning", percent=True),
-               "Share that would be of kind meaning by q-value threshold.")  # fmt: skip
-    two = Plot(Axis(0, 1, "normalised activation at least"), Axis(0, 1, "share that would be verified", percent=True),
-               "Share that would be verified by threshold of the normalised activation.")  # fmt: skip
-    first, second = [], []
-    for name, table in groups.items():
-        q, normalised = numbers(table, "q_value"), numbers(table, "normalised_activation")
-        evidence = np.asarray(table.column("evidence").to_pylist(), object)
-        shown_ = flags(table, "flagged") & np.isin(evidence, ("concept", "token", "context"))
-        n = table.num_rows
-        first.append(one.line([(float(t), float((q <= t).sum()) / n) for t in q_grid], css[name]))
-        second.append(two.line([(float(t), float((shown_ & (normalised >= t)).sum()) / n) for t in grid], css[name]))
-    return {"plots": [one.svg(first), two.svg(second)], "names": [(name, css[name], t.num_rows) for name, t in groups.items()]}
 
 
 def _calibration(run: RunDir) -> list[Tree]:
@@ -299,12 +191,21 @@ def _scores(run: RunDir) -> Tree | None:
     plot = Plot(
         Axis(low, 1, "corrected score: mean over units, 95 % interval"),
         Axis(-0.6, len(drawn) - 0.4, "", [float(i) for i in range(len(drawn))], [n[:24] for n in names]),
-        "Mean corrected score by scorer and label source.", height=max(120, 40 * len(drawn) + 60), left=160,
-    )  # fmt: skip
+        "Mean corrected score by scorer and label source.",
+        height=max(120, 40 * len(drawn) + 60),
+        left=160,
+    )
     marks = []
     for i, r in enumerate(reversed(drawn)):
-        marks.append(plot.interval(i, r["low"] if r["low"] is not None else r["mean"], r["mean"],
-                                   r["high"] if r["high"] is not None else r["mean"], "good"))  # fmt: skip
+        marks.append(
+            plot.interval(
+                i,
+                r["low"] if r["low"] is not None else r["mean"],
+                r["mean"],
+                r["high"] if r["high"] is not None else r["mean"],
+                "good",
+            )
+        )
         if r["lookup"] is not None:
             marks.append(plot.dots([(r["lookup"], i)], "other", 3))
     return {"plot": plot.svg(marks), "rows": rows}
@@ -318,18 +219,22 @@ def _stages(run: RunDir) -> Tree:
         table = run.table("labels", columns=list(tokens))
         tokens = {name: int(pc.sum(table.column(name)).as_py() or 0) for name in tokens}
     return {
-        "rows": [{**r, "share": r["seconds"] / longest} for r in rows], "seconds": sum(r["seconds"] for r in rows),
-        "money": sum(r["money"] for r in rows), **tokens,
-    }  # fmt: skip
+        "rows": [{**r, "share": r["seconds"] / longest} for r in rows],
+        "seconds": sum(r["seconds"] for r in rows),
+        "money": sum(r["money"] for r in rows),
+        **tokens,
+    }
 
 
 def _failures(run: RunDir) -> Tree:
     rows = run.table("failures").to_pylist() if run.paths("failures") else []
     counts = Counter((shown(r["stage"]), shown(r["reason"])) for r in rows)
     return {
-        "n": len(rows), "kinds": [(stage, reason, n) for (stage, reason), n in counts.most_common(20)],
-        "rows": [{**r, "reason": shown(r["reason"]), "unit": shown(r["unit"])} for r in rows[:LISTED]], "listed": LISTED,
-    }  # fmt: skip
+        "n": len(rows),
+        "kinds": [(stage, reason, n) for (stage, reason), n in counts.most_common(20)],
+        "rows": [{**r, "reason": shown(r["reason"]), "unit": shown(r["unit"])} for r in rows[:LISTED]],
+        "listed": LISTED,
+    }
 
 
 def _count(controls: pa.Table | None) -> dict[str, int]:

@@ -60,8 +60,12 @@ class Plot:
         parts = []
         for value, text in self.y.marks():
             y = self.py(value)
-            parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(self.left, self.width - RIGHT, y, y))
-            parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(self.left - 6, y + 4, text))
+            parts.append(
+                Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(self.left, self.width - RIGHT, y, y)
+            )
+            parts.append(
+                Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(self.left - 6, y + 4, text)
+            )
         for value, text in self.x.marks():
             x, base = self.px(value), self.height - BOTTOM
             parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(x, base + 16, text))
@@ -69,7 +73,9 @@ class Plot:
         parts.append(axis.format(self.left, self.width - RIGHT, self.height - BOTTOM, self.height - BOTTOM))
         middle = (self.left + self.width - RIGHT) / 2
         parts.append(
-            Markup('<text class="title" x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, self.height - 6, self.x.title)
+            Markup('<text class="title" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                middle, self.height - 6, self.x.title
+            )
         )
         if self.y.title:
             up = (TOP + self.height - BOTTOM) / 2
@@ -105,7 +111,9 @@ class Plot:
     def dots(self, points: Sequence[tuple[float, float]], css: str, radius: float = 2) -> Markup:
         """One path of many dots."""
         r = radius
-        path = "".join(f"M{self.px(x) - r:.1f} {self.py(y):.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0" for x, y in points)
+        path = "".join(
+            f"M{self.px(x) - r:.1f} {self.py(y):.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0" for x, y in points
+        )
         return Markup('<path class="dots {}" d="{}"/>').format(css, path)
 
     def interval(self, y: float, low: float, value: float, high: float, css: str) -> Markup:
@@ -124,7 +132,7 @@ class Plot:
             ).format(x, TOP, self.height - BOTTOM, x + 4, TOP + 10, text)
         y = self.py(value)
         return Markup(
-            '<line class="threshold" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="note" x="{}" y="{}" text-anchor="end">{}</text>'
+            '<line class="threshold" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="note end" x="{}" y="{}">{}</text>'
         ).format(self.left, self.width - RIGHT, y, y, self.width - RIGHT, y - 4, text)
 
 
@@ -134,7 +142,9 @@ def wrap(width: int, height: int, label: str, parts: Sequence[Markup]) -> Markup
     return Markup(head) + Markup("").join(parts) + Markup("</svg>")
 
 
-def heat(rows: Sequence[str], columns: Sequence[tuple[float, str]], cells: Sequence[Sequence[float]], title: str, label: str) -> Markup:
+def heat(
+    rows: Sequence[str], columns: Sequence[tuple[float, str]], cells: Sequence[Sequence[float]], title: str, label: str
+) -> Markup:
     """A row a name, a cell a value from 0 to 1; `columns` are (position among the cells, text)."""
     across = max((len(r) for r in cells), default=1)
     width, left = 2 * WIDTH, 74

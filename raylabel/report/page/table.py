@@ -7,6 +7,7 @@ page has something to show at once, whatever the run's size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,25 @@ class Column:
 COLUMNS = (
     Column("kind", "kind", "meaning: the words at the peaks mean alike; word: one word, its forms or one token"),
     Column("evidence", "evidence", "what drives the unit when words are swapped: concept, token, context or none", narrow=True),
-    Column("normalised_activation", "norm.", "normalised activation: mean over neighbour variants, by the layer's 99th percentile", 2,
-           narrow=True),
+    Column(
+        "normalised_activation",
+        "norm.",
+        "normalised activation: mean over neighbour variants, by the layer's 99th percentile",
+        2,
+        narrow=True,
+    ),
     Column("q_value", "q", "false discovery rate at which the words' likeness is significant", 3, rises=False),
     Column("decoy_rate", "decoys", "share of the layer's random directions that do at least as well", 0, True, rises=False),
     Column("family_similarity", "sim.", "mean cosine between distinct word families at the peaks", 2),
     Column("retention", "ret.", "retention: share of the activation kept when words give way to their neighbours", 2),
     Column("specificity", "spec.", "specificity: how much more neighbours keep than random words at the peak", 2),
-    Column("score", "score", "mean corrected score of the label: 0 is what other units' labels reach, 1 is perfect", 2, narrow=True),
+    Column(
+        "score", "score", "mean corrected score of the label: 0 is what other units' labels reach, 1 is perfect", 2, narrow=True
+    ),
     Column("auroc", "AUROC", "how well the concept's words tell firing tokens from silent ones, on held-back text", 2),
     Column("density", "density", "share of tokens at which the activation is above 0", 1, True),
     Column("max", "max", "largest recorded activation, in the model's units", 1),
-)  # fmt: skip
+)
 CODES = ("kind", "evidence", "status")
 
 
@@ -96,7 +104,7 @@ def write_table(run: RunDir, results: pa.Table, folder: Path) -> dict[str, Any]:
     rows = len(order)
     edges = [0, *range(FIRST, rows, CHUNK), rows] if rows > FIRST else [0, rows]
     bytes_ = 0
-    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(edges)):
         bytes_ += write_packed(folder, f"units-{i:03d}", pack_columns(b - a, {k: v[a:b] for k, v in columns.items()}))
     phrases = 0
     for at in range(0, rows, PHRASE_CHUNK):
@@ -106,14 +114,27 @@ def write_table(run: RunDir, results: pa.Table, folder: Path) -> dict[str, Any]:
         phrases += 1
     present = [c for c in COLUMNS if c.name in columns and (c.digits is not None or len(names[c.name]) > 1)]
     return {
-        "rows": rows, "files": len(edges) - 1, "edges": edges, "phrases": phrases, "phraseRows": PHRASE_CHUNK,
-        "codes": names, "bytes": bytes_, "layers": sorted({int(layer) for layer in np.unique(columns["layer"])}),
+        "rows": rows,
+        "files": len(edges) - 1,
+        "edges": edges,
+        "phrases": phrases,
+        "phraseRows": PHRASE_CHUNK,
+        "codes": names,
+        "bytes": bytes_,
+        "layers": sorted({int(layer) for layer in np.unique(columns["layer"])}),
         "columns": [
-            {"name": c.name, "title": c.title, "about": c.about, "digits": c.digits, "percent": c.percent,
-             "rises": c.rises and c.digits is not None, "narrow": c.narrow}
+            {
+                "name": c.name,
+                "title": c.title,
+                "about": c.about,
+                "digits": c.digits,
+                "percent": c.percent,
+                "rises": c.rises and c.digits is not None,
+                "narrow": c.narrow,
+            }
             for c in present
         ],
-    }  # fmt: skip
+    }
 
 
 def words_of(results: pa.Table) -> list[str]:

@@ -23,29 +23,67 @@ BLOCK = 32
 """Neurons of a file."""
 STRETCH = 512
 """Neurons read at a time; a multiple of BLOCK."""
-SHOWN = {("top", "explain"): 12, ("top", "score"): 6, ("quantile", "explain"): 10, ("quantile", "score"): 5,
-         ("random", "explain"): 5}  # fmt: skip
+SHOWN = {
+    ("top", "explain"): 12,
+    ("top", "score"): 6,
+    ("quantile", "explain"): 10,
+    ("quantile", "score"): 5,
+    ("random", "explain"): 5,
+}
 SWAPPED, SUBSTITUTES = 12, 6
 """Words whose swaps are shown, and substitutes of each kind."""
 NUMBERS = {
-    "results": ("average_activation", "normalised_activation", "family_similarity", "phrase_similarity", "q_value", "decoy_rate",
-                "retention", "specificity", "agreement", "score", "max"),
+    "results": (
+        "average_activation",
+        "normalised_activation",
+        "family_similarity",
+        "phrase_similarity",
+        "q_value",
+        "decoy_rate",
+        "retention",
+        "specificity",
+        "agreement",
+        "score",
+        "max",
+    ),
     "candidates": ("token_similarity", "knn_similarity", "p_value", "n_exemplars", "n_families", "top_families"),
     "statistics": ("tokens_seen", "fires", "mean", "variance", "skewness", "kurtosis", "min", "top_mean"),
     "concepts": ("auroc", "auroc_low", "auroc_high", "auroc_unseen", "cross_entropy", "q_value", "evaluations"),
-    "verifications": ("n_variants", "retention", "retention_mat", "retention_context", "retention_random", "retention_random_mat",
-                      "retention_random_context", "specificity", "specificity_low", "specificity_high", "drop_mat", "drop_mat_low",
-                      "drop_mat_high", "drop_context", "drop_context_low", "drop_context_high", "drop_context_offset", "background",
-                      "reproduced"),
+    "verifications": (
+        "n_variants",
+        "retention",
+        "retention_mat",
+        "retention_context",
+        "retention_random",
+        "retention_random_mat",
+        "retention_random_context",
+        "specificity",
+        "specificity_low",
+        "specificity_high",
+        "drop_mat",
+        "drop_mat_low",
+        "drop_mat_high",
+        "drop_context",
+        "drop_context_low",
+        "drop_context_high",
+        "drop_context_offset",
+        "background",
+        "reproduced",
+    ),
     "scores": ("value", "shuffled", "corrected", "low", "high", "lookup", "n", "n_failed"),
-}  # fmt: skip
+}
 Key = tuple[int, int]
 Tree = dict[str, Any]
 
 
 def unit_blocks(
-    run: RunDir, layer: int, results: pa.Table, nearest: dict[str, Near], units: np.ndarray, labels: list[str],
-) -> Iterator[tuple[int, list[Tree]]]:  # fmt: skip
+    run: RunDir,
+    layer: int,
+    results: pa.Table,
+    nearest: dict[str, Near],
+    units: np.ndarray,
+    labels: list[str],
+) -> Iterator[tuple[int, list[Tree]]]:
     """(block, its units' trees) of a layer.
 
     Args:
@@ -89,35 +127,49 @@ def _tables(run: RunDir, layer: int, first: int, last: int) -> dict[str, dict[Ke
 def _unit(layer: int, key: Key, result: Tree, rows: dict[str, Any]) -> Tree:
     statistics, verdict, concept, given = (rows[name] or {} for name in ("statistics", "verifications", "concepts", "labels"))
     tree: Tree = {
-        "layer": layer, "neuron": key[0], "polarity": key[1], "name": name_of(layer, *key), "site": shown(result["site"]),
+        "layer": layer,
+        "neuron": key[0],
+        "polarity": key[1],
+        "name": name_of(layer, *key),
+        "site": shown(result["site"]),
         **{name: shown(result[name]) for name in ("label", "description", "label_source", "kind", "evidence", "status")},
-        "flagged": bool(result["flagged"]), "verified": bool(result["verified"]),
+        "flagged": bool(result["flagged"]),
+        "verified": bool(result["verified"]),
         "meanings": [[shown(m["label"]), rounded(m["share"])] for m in given.get("meanings") or []],
-        "results": _numbers("results", result), "candidate": _numbers("candidates", rows["candidates"]),
+        "results": _numbers("results", result),
+        "candidate": _numbers("candidates", rows["candidates"]),
         "exemplars": rows["exemplars"] or [],
-    }  # fmt: skip
+    }
     if statistics:
         tree["statistics"] = {
-            **_numbers("statistics", statistics), "dead": bool(statistics["dead"]), "dense": bool(statistics["dense"]),
+            **_numbers("statistics", statistics),
+            "dead": bool(statistics["dead"]),
+            "dense": bool(statistics["dense"]),
             "histogram": histogram(statistics["histogram"]),
-        }  # fmt: skip
+        }
         for name in ("logits_up", "logits_down"):
             tree[name] = [[shown(visible(p["token"])), rounded(p["value"])] for p in statistics[name] or []]
     if verdict:
         tree["causal"] = {
-            **_numbers("verifications", verdict), "note": shown(verdict["note"]),
-            **{name: [rounded(v, 3) for v in verdict[name] or []] for name in ("retention_by_offset", "retention_random_by_offset")},
+            **_numbers("verifications", verdict),
+            "note": shown(verdict["note"]),
+            **{
+                name: [rounded(v, 3) for v in verdict[name] or []]
+                for name in ("retention_by_offset", "retention_random_by_offset")
+            },
             "promoted": [shown(word) for word in (verdict["promoted"] or [])[:12]],
-        }  # fmt: skip
+        }
     if rows["swaps"]:
         tree["swaps"] = rows["swaps"]
     if concept:
         weights = concept["weights"] or [None] * len(concept["words"] or [])
         tree["concept"] = {
-            **_numbers("concepts", concept), "label": shown(concept["label"]), "proposer": shown(concept["proposer"]),
+            **_numbers("concepts", concept),
+            "label": shown(concept["label"]),
+            "proposer": shown(concept["proposer"]),
             "claimed": concept["claimed"],
             "words": [[shown(visible(w)), rounded(x)] for w, x in zip(concept["words"] or [], weights, strict=False)],
-        }  # fmt: skip
+        }
     if rows["scores"]:
         tree["scores"] = [
             {"source": shown(r["label_source"]), "scorer": shown(r["scorer"]), **_numbers("scores", r)} for r in rows["scores"]
@@ -163,12 +215,19 @@ def exemplars(run: RunDir, layer: int, span: tuple[int, int]) -> dict[Key, list[
     for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
         a, b = offsets[0][i], offsets[0][i + 1]
         share = np.rint(100 * values[offsets[1][i] : offsets[1][i + 1]] / max(peaks[key], 1e-30))
-        found.setdefault(key, []).append({
-            "how": row["sampling"], "split": row["split"], "rank": row["rank"], "activation": rounded(row["activation"]),
-            "sample": row["sample"], "document": row["document"], "at": row["position"],
-            "tokens": [shown(text) for text in texts[a:b]],
-            "shares": np.clip(np.nan_to_num(share), 0, 100).astype(int).tolist(),
-        })  # fmt: skip
+        found.setdefault(key, []).append(
+            {
+                "how": row["sampling"],
+                "split": row["split"],
+                "rank": row["rank"],
+                "activation": rounded(row["activation"]),
+                "sample": row["sample"],
+                "document": row["document"],
+                "at": row["position"],
+                "tokens": [shown(text) for text in texts[a:b]],
+                "shares": np.clip(np.nan_to_num(share), 0, 100).astype(int).tolist(),
+            }
+        )
     return found
 
 

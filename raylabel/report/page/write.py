@@ -24,8 +24,8 @@ from raylabel.report.page.near import Near, by_cofiring, by_direction, by_logits
 from raylabel.report.page.overview import overview
 from raylabel.report.page.packing import write_json
 from raylabel.report.page.table import words_of, write_table
-from raylabel.report.texts import shown
 from raylabel.report.page.units import BLOCK, unit_blocks
+from raylabel.report.texts import shown
 from raylabel.store.rundir import RunDir
 
 PAGES = ("index.html", "units.html", "unit.html")

@@ -117,7 +117,7 @@ def test_a_unit_is_opened_by_keys_and_shows_what_the_run_knows(watched: Watched,
     wait(page, f"document.body?.dataset.ready === '{row['layer']}.{row['neuron']}'")
     unit = Run(dressed).unit(row["layer"], row["neuron"])
     text = page.inner_text("#unit")
-    assert "verified" in text and "Borne out on held-back text" in text or "Not borne out on held-back text" in text
+    assert ("verified" in text and "Borne out on held-back text" in text) or "Not borne out on held-back text" in text
     assert "0.80 [0.70, 0.90]" in text
     assert page.locator(".exemplars >> nth=0").locator(".exemplar").count() == min(12, len(unit.top()))
     drop = unit.verification["drop_mat"]
@@ -168,7 +168,9 @@ def test_pages_fit_and_are_legible(chromium: Any, report: Path, width: int, sche
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{place} is wider than {width}"
         assert page.evaluate(CONTRAST) == [], place
         assert page.evaluate("[...document.querySelectorAll('svg.plot, svg.stack')].every(s => s.ariaLabel || s.ariaHidden)")
-        assert page.evaluate("[...document.querySelectorAll('input, select, button')].every(e => e.ariaLabel || e.labels?.length || e.innerText)")
+        assert page.evaluate(
+            "[...document.querySelectorAll('input, select, button')].every(e => e.ariaLabel || e.labels?.length || e.innerText)"
+        )
     page.click("#theme")
     assert page.evaluate("document.documentElement.dataset.theme") == ("light" if scheme == "dark" else "dark")
     assert page.evaluate(CONTRAST) == []
@@ -181,14 +183,16 @@ CONTRAST = """() => {
   const light = ([r, g, b]) => { const f = (v) => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; };
     return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
   const over = (top, under) => { const a = top.length > 3 ? top[3] : 1; return under.map((u, i) => a * top[i] + (1 - a) * u); };
-  const ground = (e) => { const layers = []; for (let n = e; n; n = n.parentElement) layers.unshift(rgb(getComputedStyle(n).backgroundColor));
+  const ground = (e) => { const layers = [];
+    for (let n = e; n; n = n.parentElement) layers.unshift(rgb(getComputedStyle(n).backgroundColor));
     return layers.reduce((u, t) => over(t, u), [255, 255, 255]); };
   const poor = [];
   for (const e of document.querySelectorAll('body *')) {
     const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
     if (!own || !e.getClientRects().length || e.closest('.hidden, .skip, noscript, script, svg, :disabled')) continue;
     const g = ground(e), c = over(rgb(getComputedStyle(e).color), g), [a, b] = [light(g), light(c)].sort((x, y) => y - x);
-    if ((a + .05) / (b + .05) < 4.5) poor.push(`${e.tagName}.${e.className} ${e.innerText?.slice(0, 20)} ${((a + .05) / (b + .05)).toFixed(2)}`);
+    if ((a + .05) / (b + .05) < 4.5)
+      poor.push(`${e.tagName}.${e.className} ${e.innerText?.slice(0, 20)} ${((a + .05) / (b + .05)).toFixed(2)}`);
   }
   return poor.slice(0, 5);
 }"""
