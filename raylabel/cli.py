@@ -144,7 +144,10 @@ def top_units(directory: Any, limit: int, layer: int | None = None, find: str | 
     rows = directory.table("results", layer).to_pylist()
     if find is not None:
         wanted = find.casefold()
-        rows = [r for r in rows if wanted in " ".join([r["label"] or "", *(r["mats"] or []), *(r["phrases"] or [])]).casefold()]
+        names = ("mats", "phrases", "concept_words")
+        texts = [[r["label"] or "", r["description"] or "", *(t for n in names for t in r[n] or [])] for r in rows]
+        # A match may not run from the end of one text into the beginning of the next.
+        rows = [r for r, found in zip(rows, texts, strict=True) if wanted in "\x1f".join(found).casefold()]
 
     def worth(row: dict[str, Any]) -> tuple[Any, ...]:
         evidence = {"concept": 0, "token": 1, "context": 1}.get(row["evidence"] or "", 2)
@@ -223,7 +226,7 @@ def show(
     layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
     neuron: Annotated[int | None, typer.Option(help="One unit: its exemplars and what each swap did.")] = None,
     polarity: Annotated[int, typer.Option(help="Which end of the unit: 1 or -1; 2 or -2 where the gate is not above 0.")] = 1,
-    find: Annotated[str | None, typer.Option(help="Only units whose label, word or phrase contains this.")] = None,
+    find: Annotated[str | None, typer.Option(help="Only units whose label, description, word or phrase contains this.")] = None,
     limit: Annotated[int, typer.Option(help="Units shown at most.")] = 20,
     as_json: Json = False,
 ) -> int:

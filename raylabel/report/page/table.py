@@ -148,7 +148,7 @@ def words_of(results: pa.Table) -> list[str]:
 
 def joined(run: RunDir, results: pa.Table) -> dict[str, np.ndarray]:
     """Columns of other tables, a value for each row of `results`: `auroc` of concepts, `density` of statistics."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     keys = _keys(results)
     # A run of which only a part is there has results without the tables behind them.
     for table, wanted in (("concepts", ("auroc",)), ("statistics", ("fires", "tokens_seen"))):

@@ -59,7 +59,7 @@ def write_report(run: RunDir, out: Path) -> Path:
         **index, "block": BLOCK, "links": links(run.config, run.resolved), "nearest": notes,
         "last": {layer: int(units[units[:, 0] == layer, 1].max()) for layer in index["layers"]},
     }  # fmt: skip
-    _pages(out, {**overview(run, results), "index": tree})
+    write_pages(out, {**overview(run, results), "index": tree})
     return out / PAGES[0]
 
 
@@ -75,7 +75,8 @@ def _prepare(out: Path) -> None:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
-def _pages(out: Path, values: dict[str, Any]) -> None:
+def write_pages(out: Path, values: dict[str, Any]) -> None:
+    """The pages and what they share, from the values that the templates ask for."""
     assets = resources.files("raylabel.report.page") / "assets"
     for file in assets.iterdir():
         (out / file.name).write_bytes(file.read_bytes())
