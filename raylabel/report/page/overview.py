@@ -29,7 +29,7 @@ Tree = dict[str, Any]
 
 def overview(run: RunDir, results: pa.Table) -> Tree:
     """Everything the template asks for."""
-    controls = run.controls.table("results") if run.controls.paths("results") else None
+    controls = run.controls.table("results") if run.files.exists("controls/results/_SUCCESS") else None
     return {
         **_head(run),
         "figures": _figures(run, results, controls),
@@ -77,7 +77,7 @@ def _tokens(run: RunDir) -> int | None:
 def _figures(run: RunDir, results: pa.Table, controls: pa.Table | None) -> list[Tree]:
     """The few numbers at the top: value, name, and what to hold it against."""
     n, verified = results.num_rows, int(flags(results, "verified").sum())
-    failures = run.table("failures").num_rows if run.paths("failures") else 0
+    failures = run.table("failures").num_rows if run.complete("failures") else 0
     decoys = None if controls is None else controls.filter(pc.field("control") == "decoy")
     beside = ""
     if decoys is not None and decoys.num_rows:
@@ -227,7 +227,7 @@ def _stages(run: RunDir) -> Tree:
 
 
 def _failures(run: RunDir) -> Tree:
-    rows = run.table("failures").to_pylist() if run.paths("failures") else []
+    rows = run.table("failures").to_pylist() if run.complete("failures") else []
     counts = Counter((shown(r["stage"]), shown(r["reason"])) for r in rows)
     return {
         "n": len(rows),

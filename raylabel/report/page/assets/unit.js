@@ -76,6 +76,8 @@ document.addEventListener("DOMContentLoaded", () => {
     made.append(el("ul", { class: "tags" }, ...tags));
     made.append(facts([["normalised activation", number(r.normalised_activation)], ["q-value", number(r.q_value, 3)], ["decoys as good", number(r.decoy_rate, 0, true)],
       ["family similarity", number(r.family_similarity)], ["phrase similarity", number(r.phrase_similarity)], ["word families", whole(u.candidate.n_families)], ["retention", number(r.retention)], ["specificity", number(r.specificity)]]));
+    const others = units.filter((o) => o.neuron === u.neuron && o.polarity !== u.polarity);
+    if (others.length) made.append(el("p", {}, "Its other end: ", ...others.flatMap((o) => [el("a", { href: linkTo(o.layer, o.neuron, o.polarity) }, o.name), ` ${o.label || ""} `])));
     if (index.links.length) made.append(el("p", {}, "Elsewhere: ", ...index.links.flatMap((l) => [el("a", { href: l.url.replace("{layer}", u.layer).replace("{neuron}", u.neuron), rel: "noreferrer" }, l.name), " "])));
     return made;
   }
