@@ -52,7 +52,8 @@ document.addEventListener("DOMContentLoaded", async () => {
   function filtered() {
     const layer = controls.layer.value, verified = controls.verified.checked;
     const codes = ["kind", "evidence"].filter((c) => controls[c] && controls[c].value).map((c) => [c, index.codes[c].indexOf(controls[c].value)]);
-    const found = [];
+    const found = new Uint32Array(loaded);
+    let n = 0;
     for (const c of chunks) {
       for (let i = 0; i < c.rows; i++) {
         if (verified && !c.columns.verified[i]) continue;
@@ -60,10 +61,10 @@ document.addEventListener("DOMContentLoaded", async () => {
         if (matched && !matched[c.at + i]) continue;
         let keep = true;
         for (const [name, code] of codes) keep = keep && c.columns[name][i] === code;
-        if (keep) found.push(c.at + i);
+        if (keep) found[n++] = c.at + i;
       }
     }
-    return Uint32Array.from(found);
+    return found.slice(0, n);
   }
 
   function sorted(rows) {
@@ -84,7 +85,8 @@ document.addEventListener("DOMContentLoaded", async () => {
       keys[i] = Number.isNaN(value) ? NULL_LAST : falls ? -value : value;
     }
     // Equal values keep the order of the table: a stable sort of positions.
-    return Uint32Array.from(new Uint32Array(rows.length).map((_, i) => i).sort((a, b) => keys[a] - keys[b] || a - b), (i) => rows[i]);
+    const places = new Uint32Array(rows.length).map((_, i) => i).sort((a, b) => keys[a] - keys[b] || a - b);
+    return places.map((i) => rows[i]);
   }
 
   function refresh(keep = false) {
