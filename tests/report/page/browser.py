@@ -31,8 +31,19 @@ def browser() -> Iterator[Any]:
 
 def wait(page: Any, condition: str, seconds: float = 20) -> None:
     """Waits until a JavaScript condition holds. Playwright's own wait evaluates text in the page, which the page forbids."""
+    from playwright.sync_api import Error
+
+    def holds() -> bool:
+        try:
+            return bool(page.evaluate(f"!!({condition})"))
+        except Error as error:
+            # Asked just as another page took the place of this one.
+            if "navigation" in str(error):
+                return False
+            raise
+
     end = time.monotonic() + seconds
-    while not page.evaluate(f"!!({condition})"):
+    while not holds():
         assert time.monotonic() < end, f"never true: {condition}"
         page.wait_for_timeout(25)
 
