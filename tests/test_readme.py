@@ -110,3 +110,4 @@ def test_the_card_holds_foreign_names_as_text(finished: RunDir) -> None:
 
     text = card(finished)
     assert text.startswith("---\npretty_name:") and "config_name: results" in text and "<" not in text
+    assert finished.config["subject"]["model"] not in text, "a path on this machine"

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from raylabel.errors import BadInput
-from raylabel.report.texts import shown
+from raylabel.report.texts import short, shown
 from raylabel.store.rundir import RunDir
 from raylabel.tables import PER_UNIT, TABLES
 
@@ -34,13 +34,15 @@ ABOUT = {
 def card(run: RunDir) -> str:
     """The card's text."""
     config, facts = run.config, run.resolved
+    model = _text(short(str(facts.get("name") or config["subject"]["model"])))
+    site = _text(short(str(config["subject"]["latents"] or facts.get("site") or config["subject"]["site"])))
     there = [name for name in TABLES if run.complete(name) and run.paths(name)]
     suffix = "parquet" if config["run"]["format"] == "parquet" else "arrow"
     # Quantities of a run, the first table being what a viewer opens.
     there.sort(key=lambda name: (name != "results", TABLES.index(name)))
     files = {name: f"{name}/*/*.{suffix}" if name in PER_UNIT else f"{name}/*.{suffix}" for name in there}
     head: dict[str, Any] = {
-        "pretty_name": f"raylabel: units of {facts.get('name') or config['subject']['model']}",
+        "pretty_name": f"raylabel: units of {model}",
         "tags": ["interpretability", "neurons", "raylabel"],
         "configs": [
             {"config_name": name, "data_files": files[name], **({"default": True} if name == "results" else {})} for name in there
@@ -56,10 +58,9 @@ def card(run: RunDir) -> str:
         "",
         f"# {_text(head['pretty_name'])}",
         "",
-        f"Units of `{_text(str(facts.get('name') or config['subject']['model']))}` at "
-        f"`{_text(str(config['subject']['latents'] or facts.get('site') or config['subject']['site']))}`, "
+        f"Units of `{model}` at `{site}`, "
         f"found, tested and labelled by [raylabel](https://pypi.org/project/raylabel/). Exemplars come from: {source}"
-        + (f" (`{_text(str(config['exemplars']['corpus']['path']))}`)." if source == "corpus" else "."),
+        + (f" (`{_text(short(str(config['exemplars']['corpus']['path'])))}`)." if source == "corpus" else "."),
         "",
         f"{results.num_rows:,} rows of units and polarities, {flagged:,} flagged, {verified:,} verified.",
         "",

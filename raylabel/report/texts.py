@@ -18,6 +18,13 @@ def shown(text: str | None) -> str:
     return text if text.isprintable() else clean(text)
 
 
+def short(name: str) -> str:
+    """A model's or corpus' name; of a path on this machine, which is nobody else's business, the last part."""
+    return shown(
+        name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if name.startswith(("/", ".", "~")) or "\\" in name else name
+    )
+
+
 def name_of(layer: int, neuron: int, polarity: int) -> str:
     """A unit as pages call it: `3.117`, with − for the low end and g≤0 where the gate is not above 0."""
     return f"{layer}.{neuron}{'−' if polarity < 0 else ''}{' g≤0' if abs(polarity) == 2 else ''}"

@@ -18,7 +18,7 @@ from raylabel.report.page import figures
 from raylabel.report.page.plots import Axis, Plot
 from raylabel.report.page.table import flags, numbers
 from raylabel.report.status import stage_rows
-from raylabel.report.texts import shown
+from raylabel.report.texts import short, shown
 from raylabel.store.rundir import RunDir
 
 LISTED = 200
@@ -51,14 +51,14 @@ def _head(run: RunDir) -> Tree:
     config, info, facts = run.config, run.info, run.resolved
     source = config["exemplars"]["source"]
     part = config["exemplars"][source]
-    where = part.get("path") or part.get("model") or ""
+    where = short(part.get("path") or part.get("model") or "")
     sources = ", ".join(part.get("sources") or [])
     created = datetime.datetime.fromtimestamp(info["created"], datetime.UTC)
     site = facts.get("site") or config["subject"]["site"]
     return {
-        "model": shown(facts.get("name") or config["subject"]["model"]),
+        "model": short(facts.get("name") or config["subject"]["model"]),
         "revision": shown(facts.get("revision") or ""),
-        "site": shown(config["subject"]["latents"] or site),
+        "site": short(config["subject"]["latents"] or site),
         "source": shown(f"{source}: {where} {sources}".strip(" :")),
         "created": created.strftime("%Y-%m-%d %H:%M UTC"),
         "preset": config.get("preset", "default"),

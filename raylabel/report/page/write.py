@@ -143,7 +143,11 @@ def output_directions(run: RunDir) -> dict[int, np.ndarray] | None:
     from raylabel.config import RunConfig
     from raylabel.stages.subject import open_subject
 
-    config = RunConfig.model_validate(run.config)
+    # A newer version's configuration, which this one cannot use, is no reason to give no report.
+    try:
+        config = RunConfig.model_validate(run.config)
+    except ValueError:
+        return None
     folder = Path(config.subject.model)
     if config.subject.model != "demo" and not folder.is_dir():
         return None

@@ -109,6 +109,7 @@ def test_every_unit_has_its_tree_and_no_foreign_text_lies_in_the_files(finished:
             for hostile in HOSTILE[:3]:
                 assert hostile not in text, place
     page = (folder / "index.html").read_text(encoding="utf-8")
+    assert finished.config["subject"]["model"] not in page, "a path on this machine"
     assert "mean corrected score" in page and "detection" in page and "No label of this run" not in page
 
 
