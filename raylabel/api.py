@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ import pyarrow.dataset as ds
 
 from raylabel.config import RunConfig, load_config
 from raylabel.errors import BadInput
+from raylabel.report import notebook
+from raylabel.stages.results import OPTIONAL
 from raylabel.store.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({self._directory.files.url!r})"
 
+    def _repr_html_(self) -> str:
+        return notebook.run_html(self)
+
+    @property
+    def directory(self) -> RunDir:
+        """The run directory behind the tables."""
+        return self._directory
+
     @property
     def config(self) -> RunConfig:
         """The configuration of the latest run."""
@@ -82,19 +91,28 @@ class Run:
         frame = frame[columns].sort_values(order, ascending=[False, True, True, False])
         return frame.reset_index(drop=True)
 
+    def active_on(self, text: str, share: float = 0.25, verified: bool = False) -> pd.DataFrame:
+        """The labelled units that fire in `text`, token by token: the subject is loaded and run on it.
+
+        A unit fires at `share` of its largest recorded activation or more; `verified` keeps verified units only. Columns:
+        `position`, `token`, `layer`, `neuron`, `polarity`, `activation`, `share`, `label`, `verified`.
+        """
+        from raylabel.active import active_on
+
+        return active_on(self._directory, text, share, verified)
+
     def unit(self, layer: int, neuron: int, polarity: int = 1) -> UnitView:
         """Everything about one unit; `polarity` as in the tables. BadInput if the run has no such unit."""
         found = {}
         condition = (pc.field("neuron") == neuron) & (pc.field("polarity") == polarity)
-        names = ("results", "statistics", "candidates", "verifications", "exemplars", "variants", "scores", "concepts")
-        for name in names:
+        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants", *OPTIONAL):
             found[name] = self._directory.table(name, layer, filter=condition).to_pylist()
         if not any(found.values()):
             raise BadInput(f"{self._directory.files.url}: no unit layer {layer}, neuron {neuron}, polarity {polarity:+d}")
         first = {name: (rows[0] if rows else {}) for name, rows in found.items()}
         return UnitView(
             layer, neuron, polarity, first["results"], first["statistics"], first["candidates"], first["verifications"],
-            found["exemplars"], found["variants"], found["scores"], first["concepts"],
+            found["exemplars"], found["variants"], first["concepts"], first["labels"], found["scores"],
         )  # fmt: skip
 
 
@@ -111,8 +129,9 @@ class UnitView:
     verification: dict[str, Any]
     exemplars: list[dict[str, Any]]
     variants: list[dict[str, Any]]
-    scores: list[dict[str, Any]] = field(default_factory=list)
     concept: dict[str, Any] = field(default_factory=dict)
+    labelling: dict[str, Any] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
     def top(self, split: str = "explain") -> list[dict[str, Any]]:
         """Top exemplars of a split, strongest first."""
@@ -124,15 +143,4 @@ class UnitView:
         return dict(vars(self))
 
     def _repr_html_(self) -> str:
-        head = f"<b>layer {self.layer}, neuron {self.neuron}, polarity {self.polarity:+d}</b>"
-        name = html.escape(str(self.result.get("label") or "no label"))
-        lines = []
-        for row in self.top():
-            peak = max(row["activation"], 1e-30)
-            spans = []
-            for i, (token, value) in enumerate(zip(row["tokens"], row["activations"], strict=True)):
-                depth = min(max(value / peak, 0.0), 1.0)
-                style = f"background:rgba(255,140,0,{depth:.2f})" + (";font-weight:bold" if i == row["position"] else "")
-                spans.append(f'<span style="{style}">{html.escape(token)}</span>')
-            lines.append(f'<div style="white-space:pre-wrap">{row["activation"]:.3g} {"".join(spans)}</div>')
-        return f"<div>{head}: {name}</div>{''.join(lines)}"
+        return notebook.unit_html(self)

@@ -147,7 +147,10 @@ def top_units(directory: Any, limit: int, layer: int | None = None, find: str | 
     rows = directory.table("results", layer).to_pylist()
     if find is not None:
         wanted = find.casefold()
-        rows = [r for r in rows if wanted in " ".join([r["label"] or "", *(r["mats"] or []), *(r["phrases"] or [])]).casefold()]
+        names = ("mats", "phrases", "concept_words")
+        texts = [[r["label"] or "", r["description"] or "", *(t for n in names for t in r[n] or [])] for r in rows]
+        # A match may not run from the end of one text into the beginning of the next.
+        rows = [r for r, found in zip(rows, texts, strict=True) if wanted in "\x1f".join(found).casefold()]
 
     def worth(row: dict[str, Any]) -> tuple[Any, ...]:
         evidence = {"concept": 0, "token": 1, "context": 1}.get(row["evidence"] or "", 2)
@@ -226,7 +229,7 @@ def show(
     layer: Annotated[int | None, typer.Option(help="Only this layer.")] = None,
     neuron: Annotated[int | None, typer.Option(help="One unit: its exemplars and what each swap did.")] = None,
     polarity: Annotated[int, typer.Option(help="Which end of the unit: 1 or -1; 2 or -2 where the gate is not above 0.")] = 1,
-    find: Annotated[str | None, typer.Option(help="Only units whose label, word or phrase contains this.")] = None,
+    find: Annotated[str | None, typer.Option(help="Only units whose label, description, word or phrase contains this.")] = None,
     limit: Annotated[int, typer.Option(help="Units shown at most.")] = 20,
     as_json: Json = False,
 ) -> int:
@@ -258,12 +261,33 @@ def show(
 
 
 @app.command()
+def report(
+    folder: Folder,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the pages; default: RUN/report.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> int:
+    """A self-contained HTML report: overview, a table of all units, a page for each; opens from disk."""
+    from raylabel.report.page import write_report
+    from raylabel.store.rundir import RunDir
+
+    if out is None and "://" in folder:
+        raise BadInput(f"--out: give a folder on this machine for the report of {folder}")
+    first = write_report(RunDir(folder), Path(out) if out is not None else Path(folder) / "report")
+    print(first)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(first.resolve().as_uri())
+    return 0
+
+
+@app.command()
 def export(
     folder: Folder,
-    to: Annotated[str, typer.Option("--to", help="csv, jsonl, parquet or arrow.")],
-    out: Annotated[str, typer.Option("--out", help="The file to write.")],
+    to: Annotated[str, typer.Option("--to", help="csv, jsonl, parquet, arrow, neuronpedia or card.")],
+    out: Annotated[str, typer.Option("--out", help="The file to write; for neuronpedia, a new folder.")],
 ) -> int:
-    """Writes the results to one file."""
+    """Writes the results to one file, the run in Neuronpedia's bulk layout, or a dataset card of the run."""
     from raylabel.report.export import export as write
     from raylabel.store.rundir import RunDir
 
@@ -271,9 +295,19 @@ def export(
     if not directory.complete("results"):
         directory.info  # noqa: B018  (a folder that is no run is the likelier mistake)
         raise BadInput(f"{folder}: no results yet; run `raylabel run` again to finish it")
-    table = directory.table("results")
-    write(table, to, out)
-    print(f"{out}: {table.num_rows} units")
+    if to == "neuronpedia":
+        from raylabel.report.neuronpedia import export_neuronpedia
+
+        print(f"{out}: {export_neuronpedia(directory, Path(out))} units")
+    elif to == "card":
+        from raylabel.report.card import write_card
+
+        write_card(directory, out)
+        print(out)
+    else:
+        table = directory.table("results")
+        write(table, to, out)
+        print(f"{out}: {table.num_rows} units")
     return 0
 
 

@@ -19,7 +19,7 @@ FORMATS = ("csv", "jsonl", "parquet", "arrow")
 def export(table: pa.Table, kind: str, path: str) -> None:
     """Writes `table` to `path`; lists become JSON text in csv. BadInput for an unknown kind or a path that cannot be."""
     if kind not in FORMATS:
-        raise BadInput(f"--to {kind}: not a format; use one of {', '.join(FORMATS)}")
+        raise BadInput(f"--to {kind}: not a format; use one of {', '.join((*FORMATS, 'neuronpedia', 'card'))}")
     place = Path(path)
     if place.is_dir():
         raise BadInput(f"--out {path}: is a folder; give a file name")

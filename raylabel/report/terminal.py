@@ -11,6 +11,7 @@ from rich.text import Text
 from raylabel.api import UnitView
 from raylabel.report.calibration import Setting
 from raylabel.report.summary import KNOWN, Share, exceeds
+from raylabel.report.texts import clean
 from raylabel.stages.results import visible
 
 PHRASES = 3
@@ -25,12 +26,6 @@ def console() -> Console:
     """Where tables go: the terminal as wide as it is, else a fixed width."""
     found = Console()
     return found if found.is_terminal else Console(width=WIDTH)
-
-
-def clean(text: str) -> str:
-    """Line breaks and tabs as signs, other control characters as escapes: nothing a terminal would act on."""
-    shown = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
 
 
 def marked(tokens: list[str], position: int, window: int = 5) -> Text:

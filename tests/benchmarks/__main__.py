@@ -35,6 +35,7 @@ BENCHMARKS = {
     "scrape": "scrape:scrape",
     "scores": "scores:tokens",
     "concepts": "concepts:concepts",
+    "report": "report_pages:report_pages",
 }
 ONE_THREAD = ("ray",)
 """Those whose process has one thread, as a worker on Ray has."""
