@@ -1,7 +1,7 @@
 """Runs one work unit and commits what comes of it: the same in this process and on a cluster.
 
 A unit that raises is cut in two until the neuron at fault stands alone; that neuron becomes a failure, the rest is
-done. What cannot be cut raises UnitFailed. Keys that are known to end the process that runs them are never run.
+done. What cannot be cut, or is no neuron's fault, raises UnitFailed. Keys that are known to end the process that runs them are never run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from raylabel.store.files import Files
 from raylabel.store.plan import Unit
 from raylabel.store.shards import Output, Shard, commit
 
+STORES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "s3fs")
+"""Libraries whose errors are those of an object store or the way to it."""
 Fatal = Sequence[tuple[Key, str]]
 """Keys that kill the process that runs them, and how it ended."""
 
@@ -63,13 +65,18 @@ def divided(work: Callable[[Unit], Output], step: Step, unit: Unit, fatal: Fatal
     except BadInput:
         raise
     except Exception as error:
-        if step.divide is None or step.blame is None:
+        if step.divide is None or step.blame is None or environmental(error):
             raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(error)}") from error
         why = reason(error)
     halves = step.divide(unit.key) if step.divide else []
     if not halves:
         return Output(failures=[{**row, "reason": why} for row in (step.blame(unit.key) if step.blame else [])])
     return merge([divided(work, step, replace(unit, key=key), known) for key in halves])
+
+
+def environmental(error: BaseException) -> bool:
+    """Whether a disk, a store or a network is at fault, and so no neuron: cutting the unit would blame them all."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORES
 
 
 def contains(step: Step, key: Key, part: Key) -> bool:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,6 +47,9 @@ def open_pool(address: str, workers: int | None, subject: SubjectConfig | None =
     """Where units run: in this process (`inline`) or on Ray, where `subject` says how many GPUs a worker needs."""
     if address == "inline":
         return InlinePool()
+    if address == "local" and "ray" not in sys.modules:
+        # Read when Ray is imported: whoever shares this machine must not be able to run code as its owner.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from raylabel.engine.cluster import RayPool
 
     return RayPool(address, workers, subject)
