@@ -1,7 +1,8 @@
 """Runs one work unit and commits what comes of it: the same in this process and on a cluster.
 
-A unit that raises is cut in two until the neuron at fault stands alone; that neuron becomes a failure, the rest is
-done. What cannot be cut, or is no neuron's fault, raises UnitFailed. Keys that are known to end the process that runs them are never run.
+A unit that raises is cut in two until the neuron at fault stands alone; that neuron becomes a failure, the rest is done.
+What cannot be cut, or is no neuron's fault, raises UnitFailed. Keys that are known to end the process that runs them are
+never run.
 """
 
 from __future__ import annotations

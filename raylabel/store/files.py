@@ -73,11 +73,17 @@ class Files:
             folder, base = os.path.split(target)
             os.makedirs(folder, exist_ok=True)
             temporary = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:12]}-{base}"
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except OSError:
+                # On a full disk the half that was written takes the room that the run needs to go on.
+                with contextlib.suppress(OSError):
+                    os.remove(temporary)
+                raise
         else:
             self.fs.pipe_file(target, data)
         return Written(name, len(data), hashlib.sha256(data).hexdigest())
@@ -85,6 +91,21 @@ class Files:
     def read(self, name: str) -> bytes:
         """The file's bytes; FileNotFoundError if there is none."""
         return bytes(self.fs.cat_file(self.path(name)))
+
+    def read_all(self, names: list[str]) -> dict[str, bytes]:
+        """The bytes of those files that are there; from an object store many at a time."""
+        if not self.local:
+            found = self.fs.cat([self.path(name) for name in names], on_error="return") if names else {}
+            for data in found.values():
+                if isinstance(data, BaseException) and not isinstance(data, FileNotFoundError):
+                    raise data
+            pairs = ((name, found.get(self.path(name))) for name in names)
+            return {name: data for name, data in pairs if isinstance(data, bytes)}
+        read = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                read[name] = self.read(name)
+        return read
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""

@@ -41,6 +41,7 @@ class RunDir:
         self.files = Files(url)
         self.in_controls = controls
         self._info: dict[str, Any] | None = None
+        self._known: dict[str, tuple[set[str], list[tuple[Unit, list[dict[str, Any]]]]]] = {}
 
     @property
     def controls(self) -> RunDir:
@@ -123,14 +124,16 @@ class RunDir:
 
     def manifest(self, stage: str) -> dict[str, dict[str, Any]]:
         """Manifest entries of a stage by unit id, failed attempts included; unreadable entries do not count."""
+        names = self.files.sizes(f"_manifest/{stage}")
+        return self._entries([name for name in names if name.endswith(".json") and "/.tmp-" not in name])
+
+    def _entries(self, names: list[str]) -> dict[str, dict[str, Any]]:
         entries = {}
-        for name in self.files.sizes(f"_manifest/{stage}"):
-            if not name.endswith(".json") or "/.tmp-" in name:
-                continue
+        for data in self.files.read_all(names).values():
             try:
-                entry = json.loads(self.files.read(name))
+                entry = json.loads(data)
                 entries[entry["unit"]] = entry
-            except (ValueError, KeyError, TypeError, FileNotFoundError):
+            except (ValueError, KeyError, TypeError):
                 continue
         return entries
 
@@ -174,9 +177,9 @@ class RunDir:
         plan = self.plan(stage)
         if plan is None:
             return []
-        wrong = []
+        wrong, units = [], {u.id for u in plan.units}
         for entry in self.manifest(stage).values():
-            if entry["unit"] not in {u.id for u in plan.units}:
+            if entry["unit"] not in units:
                 continue
             for file in entry["files"]:
                 try:
@@ -189,13 +192,20 @@ class RunDir:
 
     def temporaries(self, unit: Unit, step: str, name: str | None = None) -> Iterator[tuple[Unit, bytes]]:
         """(unit, bytes) of the temporary files that a step of the same stage committed (as `name`), in plan order."""
-        plan = self.plan(unit.stage)
-        entries = self.manifest(unit.stage)
-        for earlier in plan.units if plan else []:
-            if earlier.step == step and earlier.id in entries:
-                for file in entries[earlier.id]["files"]:
-                    if file.get("temporary") and name in (None, file["name"]):
-                        yield earlier, self.files.read(file["path"])
+        for earlier, files in self._earlier(unit, step):
+            for file in files:
+                if file.get("temporary") and name in (None, file["name"]):
+                    yield earlier, self.files.read(file["path"])
+
+    def _earlier(self, unit: Unit, step: str) -> list[tuple[Unit, list[dict[str, Any]]]]:
+        """Units of a step before the unit's own and their files; kept, as that step is over when a unit of the next runs."""
+        if unit.id not in self._known.get(step, (set[str](), []))[0]:
+            plan = self.plan(unit.stage)
+            units = {u.id: u for u in plan.units if u.step == step} if plan else {}
+            entries = self._entries([f"_manifest/{unit.stage}/{i}.json" for i in units])
+            found = [(u, entries[i]["files"]) for i, u in units.items() if i in entries]
+            self._known = {step: ({u.id for u in plan.units} if plan else set(), found)}
+        return self._known[step][1]
 
     def finish(self, plan: Plan, tables: tuple[str, ...]) -> None:
         """Deletes superseded, orphaned and temporary files of the stage, then writes `_SUCCESS` of its tables.
@@ -219,6 +229,12 @@ class RunDir:
             if files or not top.startswith("controls/"):
                 mark = {"stage": plan.stage, "plan": plan.digest, "rows": sum(rows[f] for f in files), "files": files}
                 self.files.write(f"{top}/_SUCCESS", json.dumps(mark).encode())
+
+    def tidy(self, plan: Plan, tables: tuple[str, ...]) -> bool:
+        """Whether the files that `_SUCCESS` lists are those of the manifest: a worker that was given up may end late."""
+        names = {f["path"] for e in self.committed(plan).values() for f in e["files"]}
+        listed = [json.loads(self.files.read(f"{table}/_SUCCESS"))["files"] for table in tables]
+        return {name for files in listed for name in files} <= names
 
     def forget_plan(self, stage: str, tables: tuple[str, ...]) -> None:
         """Hides the rows of a stage whose inputs are about to change; its files stay until it is finished again."""

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "identify": "identify:identify",
     "neighbours": "neighbours:neighbours",
     "controls": "controls:controls",
+    "driver": "simulate:driver",
 }
 ONE_THREAD = ("ray",)
 """Those whose process has one thread, as a worker on Ray has."""
