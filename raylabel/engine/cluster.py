@@ -27,6 +27,7 @@ import pyarrow.ipc
 import ray
 import ray.data
 from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup as authentication
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
@@ -44,6 +45,7 @@ POOL = "pool"
 """Label of a machine: `gpu` or `cpu`."""
 LIGHT = 0.25
 """CPUs of an actor beside a whole one: small enough that a pipeline of them fits on two cores."""
+log = logging.getLogger(__name__)
 ROWS = pa.schema([("unit", pa.string()), ("payload", pa.large_binary()), ("entry", pa.string()), ("error", pa.string())])
 
 
@@ -64,6 +66,13 @@ class RayPool:
                 ray.init(address=address, **common)
             except (ConnectionError, ValueError) as error:
                 raise BadInput(f"run.address: no Ray cluster at {address} ({reason(error)[:120]})") from None
+            modes: Any = authentication
+            if modes.get_authentication_mode() != modes.AuthenticationMode.TOKEN:
+                # It let this process in without a token.
+                log.warning(
+                    "run.address: the cluster at %s asks for no token, so that whoever reaches it can run code on it; start "
+                    "it with RAY_AUTH_MODE=token (README, On a cluster)", address,
+                )  # fmt: skip
         if threading.current_thread() is threading.main_thread():
             # Ray puts its own in its place, and a run stopped by SIGTERM would not end as the command promises.
             signal.signal(signal.SIGTERM, handler)

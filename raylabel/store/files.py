@@ -17,6 +17,8 @@ from typing import Any
 import fsspec
 import pyarrow.fs as pafs
 
+from raylabel.errors import BadInput
+
 TEMPORARY = ".tmp-"
 
 
@@ -59,7 +61,9 @@ class Files:
         return Files, (self.url,)
 
     def path(self, name: str) -> str:
-        """`name` as the file system wants it."""
+        """`name` as the file system wants it; BadInput for one that leads out of the directory."""
+        if name.startswith("/") or ".." in name.split("/"):
+            raise BadInput(f"{self.url}: names a file outside of itself, {name[:200]!r}; it was tampered with")
         return f"{self.root}/{name}" if name else self.root
 
     def arrow(self) -> pafs.FileSystem:

@@ -58,8 +58,11 @@ class RunDir:
                 self._info = json.loads(self.files.read("run.json"))
             except FileNotFoundError:
                 raise BadInput(f"{self.files.url}: not a run directory (no run.json)") from None
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadInput(f"{self.files.url}/run.json: not valid JSON") from None
+            if not _is_info(self._info):
+                self._info = None
+                raise BadInput(f"{self.files.url}/run.json: not what raylabel writes; use another --out, or delete the run")
             version = str(self._info.get("schema_version", "?"))
             if not version.split(".")[0].isdigit() or int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
                 raise BadInput(
@@ -114,6 +117,8 @@ class RunDir:
             return Plan.from_json(self.files.read(f"_plan/{stage}.json"))
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise BadInput(f"{self.files.url}/_plan/{stage}.json: not a plan; delete it and run the same command again") from None
 
     def fix_plan(self, plan: Plan) -> None:
         """Writes the plan of a stage that starts, unless the same one is there."""
@@ -130,11 +135,10 @@ class RunDir:
     def _entries(self, names: list[str]) -> dict[str, dict[str, Any]]:
         entries = {}
         for data in self.files.read_all(names).values():
-            try:
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(data)
-                entries[entry["unit"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
+                if _is_entry(entry):
+                    entries[entry["unit"]] = entry
         return entries
 
     def committed(self, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -303,6 +307,32 @@ class RunDir:
             inside = (pc.field("neuron") >= neurons[0]) & (pc.field("neuron") < neurons[1])
             condition = inside if condition is None else condition & inside
         return self.dataset(table, layer).to_table(columns=columns, filter=condition)
+
+
+def _is_info(tree: Any) -> bool:
+    """Whether this is what a run.json holds."""
+    if not isinstance(tree, dict) or "schema_version" not in tree:
+        return False
+    configs = tree.get("configs", [])
+    whole = isinstance(configs, list) and all(isinstance(c, dict) and isinstance(c.get("config"), dict) for c in configs)
+    return whole and isinstance(tree.get("resolved", {}), dict)
+
+
+_FILE = {"path": str, "bytes": int, "rows": int, "sha256": str}
+_ENTRY = {
+    "unit": str, "attempt": int, "started": int | float, "ended": int | float, "files": list, "failures": list, "failed": bool,
+}  # fmt: skip
+
+
+def _is_entry(tree: Any) -> bool:
+    """Whether this is what a manifest entry holds."""
+    if not _has(tree, _ENTRY) or not all(isinstance(row, dict) for row in tree["failures"]):
+        return False
+    return all(_has(file, _FILE) for file in tree["files"])
+
+
+def _has(tree: Any, kinds: dict[str, Any]) -> bool:
+    return isinstance(tree, dict) and all(isinstance(tree.get(key), kind) for key, kind in kinds.items())
 
 
 def versions() -> dict[str, str]:

@@ -44,7 +44,8 @@ def driver(settings: Settings) -> Iterator[Row]:
         text = f"{values[-1]:.2f} s" if name != "peak" else f"{values[-1] / 1e6:.0f} MB"
         yield Row(
             f"driver, {units:,} units: {name}", "the number of units: exponent of the growth", slope, slope, slope,
-            n=3, unit="exponent", goal=1.15, at_most=True, how=f"{text}; {how}", more={"values": values, "units": [run["units"] for run in found]},
+            n=3, unit="exponent", goal=1.15, at_most=True, how=f"{text}; {how}",
+            more={"values": values, "units": [run["units"] for run in found]},
         )  # fmt: skip
 
 

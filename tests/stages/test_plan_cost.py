@@ -35,7 +35,7 @@ def test_a_larger_model_more_text_and_fewer_workers_cost_more() -> None:
     assert hours == sorted(hours)
     shape = Shape.of(LLAMA_8B)
     base = plan(shape, config, 10_000_000, 8, on_gpu(shape))
-    assert plan(shape, config, 100_000_000, 8, on_gpu(shape))["hours by stage"]["scan"] > 5 * base["hours by stage"]["scan"]
+    assert plan(shape, config, 100_000_000, 8, on_gpu(shape))["hours by stage"]["scan"] > 3 * base["hours by stage"]["scan"]
     assert plan(shape, config, 10_000_000, 2, on_gpu(shape))["hours"] > 3 * base["hours"]
     assert sum(base["work units by stage"].values()) == base["work units"]
     assert base["LLM prompt tokens"] == 0 == base["LLM dollars"]
