@@ -117,7 +117,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise BadInput(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise BadInput(f"{path}: not valid YAML" + (f", line {mark.line + 1}" if mark else "")) from None
     tree = {} if tree is None else tree

@@ -237,8 +237,16 @@ class RunDir:
     def tidy(self, plan: Plan, tables: tuple[str, ...]) -> bool:
         """Whether the files that `_SUCCESS` lists are those of the manifest: a worker that was given up may end late."""
         names = {f["path"] for e in self.committed(plan).values() for f in e["files"]}
-        listed = [json.loads(self.files.read(f"{table}/_SUCCESS"))["files"] for table in tables]
-        return {name for files in listed for name in files} <= names
+        listed = [self._listed(table) for table in tables]
+        return all(files is not None and set(files) <= names for files in listed)
+
+    def _listed(self, table: str) -> list[str] | None:
+        """The files that `_SUCCESS` of a table lists; None where there is none that can be read."""
+        try:
+            files = json.loads(self.files.read(f"{table}/_SUCCESS"))["files"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return files if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
 
     def forget_plan(self, stage: str, tables: tuple[str, ...]) -> None:
         """Hides the rows of a stage whose inputs are about to change; its files stay until it is finished again."""
@@ -261,10 +269,9 @@ class RunDir:
         """Committed files of a table, in the order of the plan: by layer and neuron."""
         top = f"controls/{table}" if self.in_controls else table
         prefix = f"{top}/" if layer is None else f"{top}/layer={layer:02d}/"
-        with contextlib.suppress(FileNotFoundError):
-            mark = json.loads(self.files.read(f"{top}/_SUCCESS"))
-            if "files" in mark:
-                return [name for name in mark["files"] if name.startswith(prefix)]
+        listed = self._listed(top)
+        if listed is not None:
+            return [name for name in listed if name.startswith(prefix)]
         found: list[str] = []
         for name in self.files.sizes("_plan"):
             stage = name.removeprefix("_plan/").removesuffix(".json")
@@ -306,7 +313,14 @@ class RunDir:
         if neurons is not None:
             inside = (pc.field("neuron") >= neurons[0]) & (pc.field("neuron") < neurons[1])
             condition = inside if condition is None else condition & inside
-        return self.dataset(table, layer).to_table(columns=columns, filter=condition)
+        found = self.dataset(table, layer)
+        try:
+            return found.to_table(columns=columns, filter=condition)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise BadInput(
+                f"{self.files.url}: a file of the table {table} is not what was committed ({str(error)[:200]}); delete it and "
+                f"run the same command again"
+            ) from None
 
 
 def _is_info(tree: Any) -> bool:

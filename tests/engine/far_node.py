@@ -1,6 +1,6 @@
 """A machine of its own, as far as one machine can play several: `python -m tests.engine.far_node SPEC.json`.
 
-A Ray node of one CPU on loopback with a working directory, a host name and, where the kernel allows it, a disk of its own:
+A Ray node on loopback, of one CPU or as the head of none, with a working directory, a host name and, where the kernel allows it, a disk of its own:
 what `source` holds is copied to `disk`, which other nodes see empty or filled with their own. Without `address` it is the head.
 Prints one line, the cluster's address, when it is up. Each line it reads is a command line for `raylabel`, whose progress
 comes on stderr and whose exit code is printed; it ends with its input.
@@ -38,7 +38,7 @@ def start(address: str | None) -> Any:
 
     ray_constants.ENABLE_RAY_CLUSTER = False
     settings = parameter.RayParams(
-        num_cpus=1, num_gpus=0, object_store_memory=STORE, include_dashboard=False, gcs_address=address,
+        num_cpus=1 if address else 0, num_gpus=0, object_store_memory=STORE, include_dashboard=False, gcs_address=address,
         redis_address=address, node_manager_port=0, include_log_monitor=False, min_worker_port=0, max_worker_port=0,
         dashboard_agent_listen_port=None if address else 0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two nodes without a disk in common, the run directory on a real S3 server; one of them is taken away in the middle."""
+"""Machines without a disk in common, the run directory on a real S3 server; one is taken away in the middle, one comes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def folder(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> Iterator[Path
     yield tmp_path
 
 
-def test_two_machines_that_share_nothing_and_one_that_goes_away_give_the_rows_of_one_process(
+def test_machines_that_share_nothing_and_come_and_go_give_the_rows_of_one_process(
     finished: RunDir, bucket: str, folder: Path
 ) -> None:
     disk = folder / "disk"
@@ -83,20 +83,23 @@ def test_two_machines_that_share_nothing_and_one_that_goes_away_give_the_rows_of
     given = folder / "config.yaml"
     given.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
     with ExitStack() as stack:
-        here = Node("here", folder, None)
-        stack.callback(here.end)
-        there = Node("there", folder, here.address)
-        stack.callback(there.end)
-        here.ask.write(json.dumps(["run", str(given)]) + "\n")
-        here.ask.flush()
-        wait_for(here, "scan: accumulate 3/")
-        there.vanish()
-        assert here.line() == "0", here.said.read_text()[-3000:]
+        head = Node("head", folder, None)
+        stack.callback(head.end)
+        first = Node("first", folder, head.address)
+        stack.callback(first.end)
+        head.ask.write(json.dumps(["run", str(given)]) + "\n")
+        head.ask.flush()
+        wait_for(head, "scan: accumulate 2/")
+        # Until now one of the two workers that were asked for has had no place to be.
+        second = Node("second", folder, head.address)
+        stack.callback(second.end)
+        first.vanish()
+        assert head.line() == "0", head.said.read_text()[-3000:]
     remote = RunDir(f"{bucket}/far")
     assert tables_equal(finished, remote, PER_RUN)
     if not any(disk.iterdir()):
         hosts = {entry["host"] for stage in ("tokenize", "scan") for entry in remote.manifest(stage).values()}
-        assert hosts == {"here", "there"}
+        assert hosts == {"first", "second"}
 
 
 def wait_for(node: Node, line: str) -> None:

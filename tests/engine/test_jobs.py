@@ -50,7 +50,7 @@ class Head:
         command = [
             self.ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=2",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.url.rpartition(':')[2]}", "--disable-usage-stats",
-            f"--ray-client-server-port={free_port()}", "--include-dashboard=true",
+            f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
         ]  # fmt: skip
         self.log = folder / "head.log"
         with self.log.open("w") as log:
@@ -83,7 +83,12 @@ class Head:
     def submit(self, folder: Path, *entry: str, wait: bool = True, name: str) -> str:
         """Everything that a job said."""
         options = ["--working-dir", str(folder), "--runtime-env-json", json.dumps(GRACE), "--submission-id", name]
-        done = self.job("submit", *options, *([] if wait else ["--no-wait"]), "--", sys.executable, *entry)
+        for _ in range(10):
+            done = self.job("submit", *options, *([] if wait else ["--no-wait"]), "--", sys.executable, *entry)
+            if "Request failed" not in done.stderr:
+                break
+            # The head answers before it can take jobs.
+            time.sleep(3)
         return done.stdout + done.stderr
 
     def said(self, name: str) -> str:
