@@ -97,7 +97,7 @@ def strike(driver: Driver, kind: str, draw: random.Random) -> bool:
         return True
     with suppress(psutil.Error):
         below = psutil.Process(driver.process.pid).children(recursive=True)
-        workers = [p for p in below if " ".join(p.cmdline()).startswith(("ray::_", "ray::Map"))]
+        workers = [p for p in below if " ".join(p.cmdline()).startswith(("ray::_Actor", "ray::MapWorker"))]
         if workers:
             os.kill(draw.choice(workers).pid, signal.SIGKILL)
             return True

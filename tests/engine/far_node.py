@@ -1,9 +1,9 @@
 """A machine of its own, as far as one machine can play several: `python -m tests.engine.far_node SPEC.json`.
 
-A Ray node on loopback, of one CPU or as the head of none, with a working directory, a host name and, where the kernel allows it, a disk of its own:
-what `source` holds is copied to `disk`, which other nodes see empty or filled with their own. Without `address` it is the head.
-Prints one line, the cluster's address, when it is up. Each line it reads is a command line for `raylabel`, whose progress
-comes on stderr and whose exit code is printed; it ends with its input.
+A Ray node on loopback, of one CPU or as the head of none, with a working directory, a host name and, where the kernel allows
+it, a disk of its own: what `source` holds is copied to `disk`, which other nodes see empty or filled with their own. Without
+`address` it is the head. Prints one line, the cluster's address, when it is up. Each line it reads is a command line for
+`raylabel`, whose progress comes on stderr and whose exit code is printed; it ends with its input.
 """
 
 from __future__ import annotations
