@@ -17,12 +17,10 @@ import pyarrow as pa
 
 from raylabel.errors import BadInput
 from raylabel.stages.base import Key, Step
-from raylabel.store.files import Files
+from raylabel.store.files import Files, store_error
 from raylabel.store.plan import Unit
 from raylabel.store.shards import Output, Shard, commit
 
-STORES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "s3fs")
-"""Libraries whose errors are those of an object store or the way to it."""
 Fatal = Sequence[tuple[Key, str]]
 """Keys that kill the process that runs them, and how it ended."""
 
@@ -66,18 +64,14 @@ def divided(work: Callable[[Unit], Output], step: Step, unit: Unit, fatal: Fatal
     except BadInput:
         raise
     except Exception as error:
-        if step.divide is None or step.blame is None or environmental(error):
+        if step.divide is None or step.blame is None or store_error(error):
+            # Cutting the unit would blame all of its neurons for a disk, a store or a network.
             raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(error)}") from error
         why = reason(error)
     halves = step.divide(unit.key) if step.divide else []
     if not halves:
         return Output(failures=[{**row, "reason": why} for row in (step.blame(unit.key) if step.blame else [])])
     return merge([divided(work, step, replace(unit, key=key), known) for key in halves])
-
-
-def environmental(error: BaseException) -> bool:
-    """Whether a disk, a store or a network is at fault, and so no neuron: cutting the unit would blame them all."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORES
 
 
 def contains(step: Step, key: Key, part: Key) -> bool:

@@ -21,6 +21,7 @@ from raylabel.sections import SubjectConfig
 from raylabel.stages import PIPELINE, prepare
 from raylabel.stages.base import Stage, settings
 from raylabel.stages.failures import write_failures
+from raylabel.store.files import store_error
 from raylabel.store.lock import Held, locked
 from raylabel.store.plan import Plan, digest, make_plan
 from raylabel.store.rundir import RunDir
@@ -77,7 +78,9 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
                 check_needs(stage, wanted, run, config)
                 pool = run_stage(stage, run, config, pool, say, held)
                 report.stages[stage.name] = time.time() - started
-        except OSError as error:
+        except Exception as error:
+            if not store_error(error):
+                raise
             raise RunFailed(f"{run.files.url} cannot be written or read: {reason(error)}; run the same command again") from error
         finally:
             if pool is not None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,24 @@ import pyarrow.fs as pafs
 from raylabel.errors import BadInput
 
 TEMPORARY = ".tmp-"
+STORES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "s3fs")
+"""Libraries whose errors are those of an object store or the way to it."""
+
+
+def store_error(error: BaseException) -> bool:
+    """Whether a disk, a store or a network is at fault."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORES
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Everything that a store's libraries raise, as OSError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not store_error(error):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,7 @@ class Files:
         """The same file system for pyarrow."""
         return pafs.LocalFileSystem() if self.local else pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
 
+    @_as_os_error()
     def write(self, name: str, data: bytes) -> Written:
         """Writes `data` whole or not at all."""
         target = self.path(name)
@@ -92,10 +112,12 @@ class Files:
             self.fs.pipe_file(target, data)
         return Written(name, len(data), hashlib.sha256(data).hexdigest())
 
+    @_as_os_error()
     def read(self, name: str) -> bytes:
         """The file's bytes; FileNotFoundError if there is none."""
         return bytes(self.fs.cat_file(self.path(name)))
 
+    @_as_os_error()
     def read_all(self, names: list[str]) -> dict[str, bytes]:
         """The bytes of those files that are there; from an object store many at a time."""
         if not self.local:
@@ -111,11 +133,13 @@ class Files:
                 read[name] = self.read(name)
         return read
 
+    @_as_os_error()
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
         self._forget()
         return bool(self.fs.exists(self.path(name)))
 
+    @_as_os_error()
     def sizes(self, name: str) -> dict[str, int]:
         """Every file below folder `name` with its size in bytes; nothing if there is no such folder."""
         self._forget()
@@ -126,6 +150,7 @@ class Files:
         cut = len(self.root) + 1
         return {path[cut:]: int(info["size"]) for path, info in found.items() if info["type"] == "file"}
 
+    @_as_os_error()
     def names(self) -> list[str]:
         """Names of the files and folders directly in the directory; nothing if there is no such directory."""
         self._forget()
@@ -141,6 +166,7 @@ class Files:
                 if name.rsplit("/", 1)[-1].startswith(TEMPORARY):
                     self.delete(name)
 
+    @_as_os_error()
     def delete(self, name: str) -> None:
         """Removes the file if it is there."""
         with contextlib.suppress(FileNotFoundError):

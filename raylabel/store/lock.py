@@ -102,8 +102,10 @@ def _remote(files: Files) -> Iterator[Held]:
     finally:
         stop.set()
         thread.join()
-        if _read(files).get("token") == token:
-            files.delete(NAME)
+        # A store that does not answer keeps an object that nobody refreshes.
+        with contextlib.suppress(OSError):
+            if _read(files).get("token") == token:
+                files.delete(NAME)
 
 
 def _read(files: Files) -> dict[str, Any]:
