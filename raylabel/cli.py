@@ -54,6 +54,8 @@ def run_command(arguments: list[str]) -> int:
         return _complain(STOPPED, 143)
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        return _complain(f"cannot be read or written: {error}", 1)
     except Exception as error:
         # Typer's own usage errors carry an exit code and a one-line message.
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):

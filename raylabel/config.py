@@ -83,10 +83,23 @@ def build_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """Validates a tree of plain values; BadInput names the first key that is wrong and the nearest known one."""
     if not isinstance(tree, dict):
         raise BadInput(f"{where}: expected keys and values, e.g. `subject: {{model: gpt2}}`")
+    refuse_secrets(tree, where)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise BadInput(f"{where}: {_explain(error)}") from None
+
+
+def refuse_secrets(tree: Any, where: str, key: str = "") -> None:
+    """BadInput for a password in a URL or a key where its variable's name belongs: settings are written to run.json."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            refuse_secrets(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, str):
+        if key.endswith("_key_env") and not tree.isidentifier():
+            raise BadInput(f"{where}: {key}: should be the name of an environment variable that holds the key, not the key")
+        if "://" in tree and "@" in tree.split("://", 1)[1].partition("/")[0]:
+            raise BadInput(f"{where}: {key}: holds a user name or password; take it out, secrets come from the environment")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -101,7 +114,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise BadInput(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise BadInput(f"{path}: not valid YAML" + (f", line {mark.line + 1}" if mark else "")) from None
     tree = {} if tree is None else tree

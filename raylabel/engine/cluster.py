@@ -14,8 +14,6 @@ import signal
 import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -29,24 +27,27 @@ import pyarrow.ipc
 import ray
 import ray.data
 from ray._private import ray_constants
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray._private.authentication import authentication_token_setup as authentication
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from raylabel.engine import limits
-from raylabel.engine.execute import Fatal, UnitFailed, divided, execute, opened, reason
-from raylabel.errors import BadInput, RunFailed
+from raylabel.engine.actors import ATTEMPTS, Crew, Done, run_units
+from raylabel.engine.execute import reason
+from raylabel.errors import BadInput
 from raylabel.models.loading import gpus_needed
 from raylabel.sections import SubjectConfig
-from raylabel.stages.base import Chain, Key, Step
+from raylabel.stages.base import Chain, Step
 from raylabel.store.files import Files
 from raylabel.store.plan import Unit
 from raylabel.store.shards import commit
 
-ATTEMPTS = 3
+POOL = "pool"
+"""Label of a machine: `gpu` or `cpu`."""
 LIGHT = 0.25
 """CPUs of an actor beside a whole one: small enough that a pipeline of them fits on two cores."""
+log = logging.getLogger(__name__)
 ROWS = pa.schema([("unit", pa.string()), ("payload", pa.large_binary()), ("entry", pa.string()), ("error", pa.string())])
-Done = Callable[[dict[str, Any]], None]
 
 
 class RayPool:
@@ -66,37 +67,59 @@ class RayPool:
                 ray.init(address=address, **common)
             except (ConnectionError, ValueError) as error:
                 raise BadInput(f"run.address: no Ray cluster at {address} ({reason(error)[:120]})") from None
+            modes: Any = authentication
+            if modes.get_authentication_mode() != modes.AuthenticationMode.TOKEN:
+                # It let this process in without a token.
+                log.warning(
+                    "run.address: the cluster at %s asks for no token, so that whoever reaches it can run code on it; start "
+                    "it with RAY_AUTH_MODE=token (README, On a cluster)", address,
+                )  # fmt: skip
         if threading.current_thread() is threading.main_thread():
             # Ray puts its own in its place, and a run stopped by SIGTERM would not end as the command promises.
             signal.signal(signal.SIGTERM, handler)
         resources = ray.cluster_resources()
-        self.cpus, self.gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        self.workers = workers or self.gpus or max(1, self.cpus)
+        self.cpus, self.gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        if not self.cpus and workers is None:
+            raise BadInput(
+                "run.workers: the cluster has no workers yet; say how many to ask for, e.g. --set run.workers=4, and "
+                "--set subject.device=cuda for workers with GPUs"
+            )
+        self.workers = workers or self.cpus
         self._asked, self._subject = workers, subject
-        self._idle: dict[bool, list[Any]] = {}
+        self._idle: tuple[bool, Crew] | None = None
         self._limits: Any = None
 
     @cached_property
     def share(self) -> float:
         """GPUs of a worker that holds the model; 0 where it runs on CPUs."""
         subject = self._subject
-        if self.gpus == 0 or (subject is not None and subject.device == "cpu"):
+        if subject is None or subject.device == "cpu":
+            return 1 if subject is None and self.gpus else 0
+        # A cluster that starts its machines when they are asked for has none yet.
+        if not self.gpus and not (self._asked and subject.device.startswith("cuda")):
             return 0
-        wanted: float = 1
-        if subject is not None:
-            wanted = _needed(subject) if subject.gpus_per_worker == "auto" else subject.gpus_per_worker
+        wanted = _needed(subject) if subject.gpus_per_worker == "auto" else subject.gpus_per_worker
         largest = max(_gpus_by_machine())
-        if wanted > largest:
+        if wanted > largest > 0:
             raise BadInput(f"subject.gpus_per_worker: {wanted:g} GPUs, but no machine of the cluster has more than {largest}")
         return wanted
 
     @cached_property
     def holders(self) -> int:
-        """Workers that hold the model at a time: no more than there are GPUs for, as the others would wait for ever."""
-        if not self.share:
-            return self.workers
-        room = sum(int(gpus / self.share) for gpus in _gpus_by_machine())
-        return min(self._asked or room, room)
+        """Workers that hold the model at a time: what was asked for, or as many as there are GPUs for."""
+        return self._asked or (self._room if self.share else self.workers)
+
+    @property
+    def _room(self) -> int:
+        return sum(int(gpus / self.share) for gpus in _gpus_by_machine()) if self.share else self.workers
+
+    @cached_property
+    def elsewhere(self) -> dict[str, Any]:
+        """Keeps workers without a model off the machines labelled `pool: gpu`, while there are others."""
+        labels = [node.get("Labels", {}).get(POOL) for node in ray.nodes() if node["Alive"]]
+        if not any(labels):
+            return {}
+        return {"label_selector": {POOL: "!gpu"}, "fallback_strategy": [{"label_selector": {}}]}
 
     def run(self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done) -> None:
         """Runs (unit, first attempt number) pairs; calls `done` with each manifest entry.
@@ -109,7 +132,7 @@ class RayPool:
             self._release()
             units = self._pipeline(step, units, files, format, done)
         if units:
-            self._actors(step, units, files, format, done)
+            run_units(self._crew(step.model and self.share > 0), step, units, files, format, done, ATTEMPTS, self._limits)
 
     def close(self) -> None:
         """Leaves the cluster, and ends it if it is this process's own."""
@@ -118,84 +141,17 @@ class RayPool:
 
     def _release(self) -> None:
         """Ends the actors: a pipeline would wait for ever for the CPUs they hold."""
-        for actor in [a for actors in self._idle.values() for a in actors]:
-            ray.kill(actor)
-        self._idle = {}
+        if self._idle is not None:
+            self._idle[1].end()
+        self._idle = None
 
-    def _actors(self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done) -> None:
-        on_gpu = step.model and self.share > 0
-        new = ray.remote(num_cpus=LIGHT if on_gpu else 1, num_gpus=self.share if on_gpu else 0)(_Actor).remote
-        # Actors outlive their step: the imports and the model they hold serve the next one.
-        idle = self._idle.setdefault(on_gpu, [])
-        shared = ray.put((replace(step, keys=[]), files.url, format, self._limits))
-        missing = min(self.holders if on_gpu else self.workers, len(units)) - len(idle)
-        idle += [new() for _ in range(missing)]
-        queue = deque(units)
-        first = {unit.id: attempt for unit, attempt in units}
-        running: dict[Any, tuple[Unit, int, Any]] = {}
-        ended: RunFailed | None = None
-        try:
-            while queue or running:
-                while queue and idle:
-                    (unit, attempt), actor = queue.popleft(), idle.pop()
-                    running[actor.run.remote(shared, unit.to_json(), attempt)] = (unit, attempt, actor)
-                ready, _ = ray.wait(list(running), num_returns=1)
-                unit, attempt, actor = running.pop(ready[0])
-                why: Exception
-                try:
-                    done(json.loads(ray.get(ready[0])))
-                    idle.append(actor)
-                    continue
-                except RayActorError as error:
-                    actor, why = new(), error
-                except RayTaskError as error:
-                    why = error.cause if isinstance(error.cause, Exception) else error
-                    if isinstance(why, BadInput):
-                        raise why from None
-                if isinstance(why, RunFailed) or ended is not None:
-                    # The others end what they have under way.
-                    ended = why if ended is None and isinstance(why, RunFailed) else ended
-                    queue.clear()
-                    idle.append(actor)
-                    continue
-                attempt += 1
-                tried = attempt - first[unit.id]
-                if tried < ATTEMPTS:
-                    queue.append((unit, attempt))
-                    idle.append(actor)
-                elif tried == ATTEMPTS and step.divide is not None and step.blame is not None and isinstance(why, RayActorError):
-                    fatal, actor = self._fatal(step, unit, shared, actor, new)
-                    running[actor.run.remote(shared, unit.to_json(), attempt, fatal)] = (unit, attempt, actor)
-                else:
-                    raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(why)}")
-            if ended is not None:
-                raise ended
-        finally:
-            for _, _, actor in running.values():
-                ray.kill(actor)
-
-    def _fatal(
-        self, step: Step, unit: Unit, shared: Any, actor: Any, new: Callable[[], Any]
-    ) -> tuple[list[tuple[Key, str]], Any]:
-        """The smallest parts of a unit that end their workers, and how; found by running it, its halves, theirs.
-
-        Also gives the actor that lives in the end: there is room for no more of them than there are.
-        """
-        found: list[tuple[Key, str]] = []
-        parts = deque([unit.key])
-        while parts:
-            key = parts.popleft()
-            halves = step.divide(key) if step.divide else []
-            try:
-                ray.get(actor.probe.remote(shared, replace(unit, key=key).to_json()))
-            except RayTaskError:
-                continue
-            except RayActorError:
-                actor = new()
-                parts.extend(halves)
-                if not halves:
-                    found.append((key, "the worker process that ran it ended: a crash, or not enough memory"))
-        return found, actor
+    def _crew(self, on_gpu: bool) -> Crew:
+        """Actors with or without a GPU; those of the other kind are ended, as they hold what these may need."""
+        if self._idle is None or self._idle[0] != on_gpu:
+            self._release()
+            wants: dict[str, Any] = {"num_cpus": LIGHT, "num_gpus": self.share} if on_gpu else {"num_cpus": 1, **self.elsewhere}
+            self._idle = on_gpu, Crew(self.holders if on_gpu else self.workers, wants)
+        return self._idle[1]
 
     def _pipeline(
         self, step: Step, units: list[tuple[Unit, int]], files: Files, format: str, done: Done
@@ -215,6 +171,7 @@ class RayPool:
         for index, link in enumerate(links):
             holds_model = getattr(link, "model", False)
             size = max(1, min(self.holders if holds_model or len(links) == 1 else 1, len(items)))
+            now = max(1, min(self._room, size)) if holds_model else size
             rows = rows.map_batches(
                 _Link,
                 fn_constructor_kwargs={
@@ -223,9 +180,10 @@ class RayPool:
                 },
                 batch_size=1, batch_format="pyarrow", num_cpus=LIGHT,
                 num_gpus=self.share or None if holds_model else None,
-                compute=ray.data.ActorPoolStrategy(size=size),
+                compute=ray.data.ActorPoolStrategy(min_size=now, max_size=size),
                 # Without a limit Ray Data feeds a unit that ends its workers to one worker after another, for ever.
                 max_task_retries=ATTEMPTS - 1,
+                **({} if holds_model and self.share else self.elsewhere),
             )  # fmt: skip
         left = {unit.id: (unit, attempt) for unit, attempt in units}
         try:
@@ -251,29 +209,6 @@ def _needed(subject: SubjectConfig) -> int:
     task = ray.remote(num_cpus=LIGHT, num_gpus=1)(gpus_needed)
     found: int = ray.get(task.remote(subject.model, subject.revision, subject.dtype, subject.trust_remote_code))
     return found
-
-
-class _Actor:
-    def __init__(self) -> None:
-        self.step: Any = None
-
-    def run(self, shared: Any, unit: str, attempt: int, fatal: Fatal = ()) -> str:
-        step, url, format, limiters = shared
-        self._open(step, url, limiters)
-        entry = execute(self.worker, step, Files(url), Unit.from_json(unit), attempt, format, fatal)
-        return json.dumps(entry)
-
-    def probe(self, shared: Any, unit: str) -> None:
-        """Runs a unit for nothing but to see whether this process lives."""
-        step, url, _, limiters = shared
-        self._open(step, url, limiters)
-        divided(self.worker, step, Unit.from_json(unit))
-
-    def _open(self, step: Step, url: str, limiters: Any) -> None:
-        if self.step != (step.name, step.worker, url):
-            limits.install(limiters if step.limited else None)
-            self.worker = opened(step, url)
-            self.step = (step.name, step.worker, url)
 
 
 class _Link:

@@ -1,7 +1,8 @@
 """Runs one work unit and commits what comes of it: the same in this process and on a cluster.
 
-A unit that raises is cut in two until the neuron at fault stands alone; that neuron becomes a failure, the rest is
-done. What cannot be cut raises UnitFailed. Keys that are known to end the process that runs them are never run.
+A unit that raises is cut in two until the neuron at fault stands alone; that neuron becomes a failure, the rest is done.
+What cannot be cut, or is no neuron's fault, raises UnitFailed. Keys that are known to end the process that runs them are
+never run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from raylabel.errors import BadInput, RunFailed
 from raylabel.stages.base import Key, Step
-from raylabel.store.files import Files
+from raylabel.store.files import Files, store_error
 from raylabel.store.plan import Unit
 from raylabel.store.shards import Output, Shard, commit
 
@@ -63,7 +64,8 @@ def divided(work: Callable[[Unit], Output], step: Step, unit: Unit, fatal: Fatal
     except (BadInput, RunFailed):
         raise
     except Exception as error:
-        if step.divide is None or step.blame is None:
+        if step.divide is None or step.blame is None or store_error(error):
+            # Cutting the unit would blame all of its neurons for a disk, a store or a network.
             raise UnitFailed(f"{unit.stage} {unit.step} {unit.key}: {reason(error)}") from error
         why = reason(error)
     halves = step.divide(unit.key) if step.divide else []

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +21,14 @@ from raylabel.sections import SubjectConfig
 from raylabel.stages import STAGES, pipeline, prepare, refuse_early, settled, skipped_stages
 from raylabel.stages.base import Stage, settings
 from raylabel.stages.failures import write_failures
-from raylabel.store.lock import locked
+from raylabel.store.files import store_error
+from raylabel.store.lock import Held, locked
 from raylabel.store.plan import Plan, digest, make_plan
 from raylabel.store.rundir import RunDir
 
 Say = Callable[[str], None]
+JOB_COPY = "working_dir_files"
+"""Folder into which Ray copies the working directory of a job."""
 TOLERATED = 10
 """Failed neurons that never stop a run by themselves: a share of a small model is less than one neuron."""
 
@@ -45,6 +50,9 @@ def open_pool(address: str, workers: int | None, subject: SubjectConfig | None =
     """Where units run: in this process (`inline`) or on Ray, where `subject` says how many GPUs a worker needs."""
     if address == "inline":
         return InlinePool()
+    if address == "local" and "ray" not in sys.modules:
+        # Read when Ray is imported: whoever shares this machine must not be able to run code as its owner.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from raylabel.engine.cluster import RayPool
 
     return RayPool(address, workers, subject)
@@ -60,7 +68,7 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
     report = Report()
     wanted = chosen(config)
     run.refuse_foreign()
-    with locked(run.files):
+    with locked(run.files) as held:
         run.start(config.model_dump(mode="json"))
         prepare(run, config)
         if "controls" in config.model_fields_set and config.exemplars.source != "corpus":
@@ -74,13 +82,23 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
             for stage in wanted:
                 started = time.time()
                 check_needs(stage, wanted, run, config)
-                pool = run_stage(stage, run, config, pool, say)
+                pool = run_stage(stage, run, config, pool, say, held)
                 report.stages[stage.name] = time.time() - started
+        except Exception as error:
+            if not store_error(error):
+                raise
+            raise RunFailed(f"{run.files.url} cannot be written or read: {reason(error)}; run the same command again") from error
         finally:
             if pool is not None:
                 pool.close()
-            report.failures = write_failures(run, config.run.format)
-            run.files.sweep()
+            ended = sys.exc_info()[1]
+            try:
+                report.failures = write_failures(run, config.run.format)
+                run.files.sweep()
+            except OSError as error:
+                # What ended the run says more than that nothing can be written about it.
+                if ended is None:
+                    raise RunFailed(f"{run.files.url}: {reason(error)}; run the same command again") from error
     return report
 
 
@@ -90,18 +108,24 @@ def absolute(config: RunConfig) -> RunConfig:
     paths = (("run", "out"), ("subject", "model"), ("subject", "latents"), ("subject", "units"), ("identify", "vectors"),
              ("optimize", "judge"))  # fmt: skip
     for section, key in paths:
-        _absolute(tree.get(section, {}), key, always=section == "run")
+        _absolute(tree, section, key, always=section == "run")
     for source, key in (("corpus", "path"), ("recorded", "path"), ("neuronpedia", "url")):
-        _absolute(tree.get("exemplars", {}).get(source, {}), key)
+        _absolute(tree.get("exemplars", {}), source, key)
     if "run" not in tree or "out" not in tree["run"]:
         tree.setdefault("run", {})["out"] = str(Path(config.run.out).absolute())
     return RunConfig.model_validate(tree)
 
 
-def _absolute(section: dict[str, Any], key: str, always: bool = False) -> None:
+def _absolute(tree: dict[str, Any], name: str, key: str, always: bool = False) -> None:
+    section = tree.get(name, {})
     value = section.get(key)
     if isinstance(value, str) and "://" not in value and (always or Path(value).exists()):
         section[key] = str(Path(value).absolute())
+        if JOB_COPY in Path(section[key]).parts:
+            raise BadInput(
+                f"{name}.{key}: {value} would lie in the job's own copy of the working directory, which other machines and "
+                "later jobs do not see; give an object store's URL, a hub name, or a path that all machines share"
+            )
 
 
 def chosen(config: RunConfig) -> list[Stage]:
@@ -163,7 +187,7 @@ def plan_stage(stage: Stage, run: RunDir, config: RunConfig) -> tuple[Plan, Any]
     return make_plan(stage.name, stage.version, values, inputs, keys, stage.aside), steps
 
 
-def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say) -> Any:
+def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say, held: Held | None = None) -> Any:
     """Runs what is pending of a stage; opens the pool when there is something to run. Returns the pool."""
     plan, steps = plan_stage(stage, run, config)
     committed = run.committed(plan)
@@ -172,6 +196,8 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
     before = run.plan(stage.name)
     same = before is not None and before.to_json() == plan.to_json()
     if same and len(committed) == len(plan.units) and all(run.complete(t) for t in stage.tables):
+        if not run.tidy(plan, stage.tables):
+            run.finish(plan, stage.tables)
         say(f"{stage.name}: already done")
         if stage.after:
             stage.after(run, config)
@@ -200,6 +226,8 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say)
 
         def done(entry: dict[str, Any], step: Any = step, total: int = len(units)) -> None:
             nonlocal finished
+            if held is not None:
+                held.check()
             finished += 1
             failed.update(failed_neurons(entry))
             say(f"{stage.name}: {step.name} {finished}/{total}, {time.time() - started:.1f} s")

@@ -69,6 +69,8 @@ def load(
     precision = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else None)
     with _quiet():
         source = _folder(model)
+        if source is not None:
+            _refuse_outside(source)
         if source is not None and _names_native(source):
             loaded = _load_native(model, source, precision, device)
         elif source is None and (_OWN_NAME.fullmatch(model) or _OWN_ACCOUNT.match(model)):
@@ -78,6 +80,18 @@ def load(
     check_context(loaded.name, context, loaded.max_context)
     _check_vocabulary(loaded.tokenizer, loaded.anatomy.vocabulary, loaded.name)
     return loaded
+
+
+def _refuse_outside(folder: Path) -> None:
+    """BadInput where a model folder names weights that lie elsewhere."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(name for name in names if Path(name).name != name or "\\" in name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise BadInput(f"subject.model: {index} is no index of weights; download the model again") from None
+        if outside:
+            raise BadInput(f"subject.model: {index} names weights outside of its folder, {outside[0]!r}; do not use this model")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -14,7 +14,8 @@ from raylabel.sources.corpus import chunks, documents
 from raylabel.sources.records import module, without_model
 from raylabel.stages import pipeline, prepare, settled
 from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes
-from raylabel.stages.scan import batch_size, lease_keys, lease_size
+from raylabel.stages.plan_cost import Rates, Shape, plan
+from raylabel.stages.scan import batch_size, lease_keys, lease_size, least_leases
 from raylabel.stages.subject import facts, open_subject, tokens_per_second
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
@@ -41,10 +42,13 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     rate = tokens_per_second(subject, batch, context, list(units))
     samples = -(-tokens // context)
     state = sum(scan_bytes(config, units, signs, batch, samples).values())
-    leases = len(lease_keys(samples, lease_size(samples, batch, context, rate, state)))
+    leases = len(lease_keys(samples, lease_size(samples, batch, context, rate, state, least_leases(config))))
     wanted = config.controls
     decoys, texts = wanted.decoys * len(units), (wanted.nulls + wanted.planted) * len(units)
     states, peak, groups = _memory(config, subject, units, signs, batch, -(-samples // leases))
+    workers = 1 if config.run.workers == "auto" else int(config.run.workers)
+    shape = Shape(found["n_layers"], found["width"], 0, len(signs) > 1)
+    cost = plan(shape, config, tokens, workers, Rates(rate), device=found["device"], among=units)
     return {
         "model": found["name"], "site": found["site"], "layers": len(units), "units": n_units,
         "units and polarities": n_units * len(signs), "decoys": decoys, "nulls and planted": texts, "tokens": tokens,
@@ -53,7 +57,9 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         "tokens a second": round(rate), "forward seconds": round(tokens / rate * groups, 1),
         "variants at most": (n_units * len(signs) + decoys + texts) * config.verify.max_variants,
         "judge evaluations at most": (n_units * len(signs) + decoys + texts) * config.optimize.evaluations,
-        "LLM calls": 0, "LLM cost": 0.0,
+        "workers": workers, "hours at this machine's pace": round(cost["hours"], 3),
+        **{name: cost[name] for name in ("table bytes", "temporary bytes", "work units", "manifest bytes")},
+        "LLM prompt tokens": cost["LLM prompt tokens"], "LLM calls": 0, "LLM cost": round(cost["LLM dollars"], 2),
     }  # fmt: skip
 
 

@@ -93,6 +93,12 @@ def lease_size(n: int, batch: int, context: int, pace: float, state: int, leases
     return max(-(-size // batch), 1) * batch
 
 
+def least_leases(config: RunConfig, workers: int | None = None) -> int:
+    """Leases of a scan at least: one for every worker that is asked for."""
+    asked = workers if config.run.workers == "auto" else int(config.run.workers)
+    return max(LEASES, asked or 0)
+
+
 def lease_keys(n: int, size: int) -> list[Key]:
     """Leases {first, last} over samples 0 .. n."""
     return [{"first": a, "last": min(a + size, n)} for a in range(0, n, size)]
@@ -110,7 +116,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     wanted = digest({str(layer): neurons for layer, neurons in units.items()})
     n, pace = run.dataset("samples").count_rows(), json.loads(run.files.read("pace.json"))["tokens_per_second"]
     state = sum(scan_bytes(config, units, polarities(config, facts), batch, n).values())
-    lease = lease_size(n, batch, config.subject.context, pace, state)
+    lease = lease_size(n, batch, config.subject.context, pace, state, least_leases(config))
     resolved = {**facts, "batch": batch, "units": wanted, "n_units": sum(map(len, units.values())), "lease": lease}
     run.resolve(resolved, of=digest([config.subject.model_dump(mode="json"), facts, wanted, n]))
     leases = lease_keys(n, run.resolved["lease"])

@@ -66,7 +66,7 @@ class Plan:
     def from_json(data: bytes) -> Plan:
         """The plan that `to_json` wrote."""
         tree = json.loads(data)
-        units = [Unit(u["id"], tree["stage"], u["step"], u["key"]) for u in tree["units"]]
+        units = [Unit(str(u["id"]), str(tree["stage"]), str(u["step"]), dict(u["key"])) for u in tree["units"]]
         return Plan(tree["stage"], tree["version"], units)
 
 

@@ -41,6 +41,7 @@ class RunDir:
         self.files = Files(url)
         self.in_controls = controls
         self._info: dict[str, Any] | None = None
+        self._known: dict[str, tuple[set[str], list[tuple[Unit, list[dict[str, Any]]]]]] = {}
 
     @property
     def controls(self) -> RunDir:
@@ -57,8 +58,11 @@ class RunDir:
                 self._info = json.loads(self.files.read("run.json"))
             except FileNotFoundError:
                 raise BadInput(f"{self.files.url}: not a run directory (no run.json)") from None
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadInput(f"{self.files.url}/run.json: not valid JSON") from None
+            if not _is_info(self._info):
+                self._info = None
+                raise BadInput(f"{self.files.url}/run.json: not what raylabel writes; use another --out, or delete the run")
             version = str(self._info.get("schema_version", "?"))
             if not version.split(".")[0].isdigit() or int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
                 raise BadInput(
@@ -113,6 +117,8 @@ class RunDir:
             return Plan.from_json(self.files.read(f"_plan/{stage}.json"))
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise BadInput(f"{self.files.url}/_plan/{stage}.json: not a plan; delete it and run the same command again") from None
 
     def fix_plan(self, plan: Plan) -> None:
         """Writes the plan of a stage that starts, unless the same one is there."""
@@ -123,15 +129,16 @@ class RunDir:
 
     def manifest(self, stage: str) -> dict[str, dict[str, Any]]:
         """Manifest entries of a stage by unit id, failed attempts included; unreadable entries do not count."""
+        names = self.files.sizes(f"_manifest/{stage}")
+        return self._entries([name for name in names if name.endswith(".json") and "/.tmp-" not in name])
+
+    def _entries(self, names: list[str]) -> dict[str, dict[str, Any]]:
         entries = {}
-        for name in self.files.sizes(f"_manifest/{stage}"):
-            if not name.endswith(".json") or "/.tmp-" in name:
-                continue
-            try:
-                entry = json.loads(self.files.read(name))
-                entries[entry["unit"]] = entry
-            except (ValueError, KeyError, TypeError, FileNotFoundError):
-                continue
+        for data in self.files.read_all(names).values():
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(data)
+                if _is_entry(entry):
+                    entries[entry["unit"]] = entry
         return entries
 
     def committed(self, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -174,9 +181,9 @@ class RunDir:
         plan = self.plan(stage)
         if plan is None:
             return []
-        wrong = []
+        wrong, units = [], {u.id for u in plan.units}
         for entry in self.manifest(stage).values():
-            if entry["unit"] not in {u.id for u in plan.units}:
+            if entry["unit"] not in units:
                 continue
             for file in entry["files"]:
                 try:
@@ -189,13 +196,20 @@ class RunDir:
 
     def temporaries(self, unit: Unit, step: str, name: str | None = None) -> Iterator[tuple[Unit, bytes]]:
         """(unit, bytes) of the temporary files that a step of the same stage committed (as `name`), in plan order."""
-        plan = self.plan(unit.stage)
-        entries = self.manifest(unit.stage)
-        for earlier in plan.units if plan else []:
-            if earlier.step == step and earlier.id in entries:
-                for file in entries[earlier.id]["files"]:
-                    if file.get("temporary") and name in (None, file["name"]):
-                        yield earlier, self.files.read(file["path"])
+        for earlier, files in self._earlier(unit, step):
+            for file in files:
+                if file.get("temporary") and name in (None, file["name"]):
+                    yield earlier, self.files.read(file["path"])
+
+    def _earlier(self, unit: Unit, step: str) -> list[tuple[Unit, list[dict[str, Any]]]]:
+        """Units of a step before the unit's own and their files; kept, as that step is over when a unit of the next runs."""
+        if unit.id not in self._known.get(step, (set[str](), []))[0]:
+            plan = self.plan(unit.stage)
+            units = {u.id: u for u in plan.units if u.step == step} if plan else {}
+            entries = self._entries([f"_manifest/{unit.stage}/{i}.json" for i in units])
+            found = [(u, entries[i]["files"]) for i, u in units.items() if i in entries]
+            self._known = {step: ({u.id for u in plan.units} if plan else set(), found)}
+        return self._known[step][1]
 
     def finish(self, plan: Plan, tables: tuple[str, ...]) -> None:
         """Deletes superseded, orphaned and temporary files of the stage, then writes `_SUCCESS` of its tables.
@@ -220,6 +234,20 @@ class RunDir:
                 mark = {"stage": plan.stage, "plan": plan.digest, "rows": sum(rows[f] for f in files), "files": files}
                 self.files.write(f"{top}/_SUCCESS", json.dumps(mark).encode())
 
+    def tidy(self, plan: Plan, tables: tuple[str, ...]) -> bool:
+        """Whether the files that `_SUCCESS` lists are those of the manifest: a worker that was given up may end late."""
+        names = {f["path"] for e in self.committed(plan).values() for f in e["files"]}
+        listed = [self._listed(table) for table in tables]
+        return all(files is not None and set(files) <= names for files in listed)
+
+    def _listed(self, table: str) -> list[str] | None:
+        """The files that `_SUCCESS` of a table lists; None where there is none that can be read."""
+        try:
+            files = json.loads(self.files.read(f"{table}/_SUCCESS"))["files"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return files if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
+
     def forget_plan(self, stage: str, tables: tuple[str, ...]) -> None:
         """Hides the rows of a stage whose inputs are about to change; its files stay until it is finished again."""
         self.reopen(tables)
@@ -241,10 +269,9 @@ class RunDir:
         """Committed files of a table, in the order of the plan: by layer and neuron."""
         top = f"controls/{table}" if self.in_controls else table
         prefix = f"{top}/" if layer is None else f"{top}/layer={layer:02d}/"
-        with contextlib.suppress(FileNotFoundError):
-            mark = json.loads(self.files.read(f"{top}/_SUCCESS"))
-            if "files" in mark:
-                return [name for name in mark["files"] if name.startswith(prefix)]
+        listed = self._listed(top)
+        if listed is not None:
+            return [name for name in listed if name.startswith(prefix)]
         found: list[str] = []
         for name in self.files.sizes("_plan"):
             stage = name.removeprefix("_plan/").removesuffix(".json")
@@ -286,7 +313,40 @@ class RunDir:
         if neurons is not None:
             inside = (pc.field("neuron") >= neurons[0]) & (pc.field("neuron") < neurons[1])
             condition = inside if condition is None else condition & inside
-        return self.dataset(table, layer).to_table(columns=columns, filter=condition)
+        found = self.dataset(table, layer)
+        try:
+            return found.to_table(columns=columns, filter=condition)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise BadInput(
+                f"{self.files.url}: a file of the table {table} is not what was committed ({str(error)[:200]}); delete it and "
+                f"run the same command again"
+            ) from None
+
+
+def _is_info(tree: Any) -> bool:
+    """Whether this is what a run.json holds."""
+    if not isinstance(tree, dict) or "schema_version" not in tree:
+        return False
+    configs = tree.get("configs", [])
+    whole = isinstance(configs, list) and all(isinstance(c, dict) and isinstance(c.get("config"), dict) for c in configs)
+    return whole and isinstance(tree.get("resolved", {}), dict)
+
+
+_FILE = {"path": str, "bytes": int, "rows": int, "sha256": str}
+_ENTRY = {
+    "unit": str, "attempt": int, "started": int | float, "ended": int | float, "files": list, "failures": list, "failed": bool,
+}  # fmt: skip
+
+
+def _is_entry(tree: Any) -> bool:
+    """Whether this is what a manifest entry holds."""
+    if not _has(tree, _ENTRY) or not all(isinstance(row, dict) for row in tree["failures"]):
+        return False
+    return all(_has(file, _FILE) for file in tree["files"])
+
+
+def _has(tree: Any, kinds: dict[str, Any]) -> bool:
+    return isinstance(tree, dict) and all(isinstance(tree.get(key), kind) for key, kind in kinds.items())
 
 
 def versions() -> dict[str, str]:

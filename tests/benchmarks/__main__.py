@@ -36,6 +36,7 @@ BENCHMARKS = {
     "scores": "scores:tokens",
     "concepts": "concepts:concepts",
     "report": "report_pages:report_pages",
+    "driver": "simulate:driver",
 }
 ONE_THREAD = ("ray",)
 """Those whose process has one thread, as a worker on Ray has."""

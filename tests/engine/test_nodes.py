@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,17 @@ def test_two_nodes_give_the_tables_of_one_process(tmp_path: Path) -> None:
     facts = run.resolved
     tokens = sum(len(row["token_ids"]) for row in run.table("samples").to_pylist())
     assert seen["held"] < 0.25 * tokens * facts["width"] * facts["n_layers"] * 4
+
+
+def test_work_without_a_model_keeps_off_machines_with_gpus_while_there_are_others(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef", encoding="utf-8")
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.labelled_nodes", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == {
+        "alone": {"model": ["gpu"], "none": ["gpu"]}, "beside": {"model": ["gpu"], "none": ["cpu"]},
+    }  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from raylabel.errors import BadInput
+from raylabel.errors import BadInput, RunFailed
 from raylabel.store import lock
 from raylabel.store.files import Files
 from raylabel.store.lock import NAME, STALE, locked
@@ -31,6 +31,7 @@ with locked(Files(sys.argv[1])):
 @pytest.fixture
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.setattr(lock, "SETTLE", 0.01)
+    monkeypatch.setattr(lock, "WATCH", 0.2)
     return Files(f"memory://lock-{request.node.name}")
 
 
@@ -84,6 +85,20 @@ def test_an_object_that_is_not_refreshed_is_taken_over(memory: Files) -> None:
     memory.delete(NAME)
 
 
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_that_jumped_neither_keeps_a_lock_nor_breaks_one(memory: Files, jump: float) -> None:
+    owner = {"host": "far", "pid": 3, "beat": time.time() + jump, "token": "theirs"}
+    memory.write(NAME, json.dumps(owner).encode())
+    alive = threading.Timer(0.05, lambda: memory.write(NAME, json.dumps({**owner, "beat": owner["beat"] + 1}).encode()))
+    alive.start()
+    with pytest.raises(BadInput, match="process 3 on far"), locked(memory):
+        pass
+    alive.join()
+    with locked(memory) as held:
+        held.check()
+        assert json.loads(memory.read(NAME))["pid"] == os.getpid()
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
 def test_an_object_that_is_no_lock_is_no_owner(memory: Files, content: bytes) -> None:
     memory.write(NAME, content)
@@ -116,12 +131,14 @@ def test_the_owner_refreshes_its_object_and_lets_go_of_one_that_was_taken(
     memory: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.05)
-    with locked(memory):
+    with locked(memory) as held:
         first = json.loads(memory.read(NAME))["beat"]
         time.sleep(0.3)
         assert json.loads(memory.read(NAME))["beat"] > first
         memory.write(NAME, json.dumps({"host": "new", "pid": 2, "beat": time.time(), "token": "other"}).encode())
         time.sleep(0.2)
         assert json.loads(memory.read(NAME))["token"] == "other"
+        with pytest.raises(RunFailed, match="another one took over"):
+            held.check()
     assert json.loads(memory.read(NAME))["token"] == "other"
     memory.delete(NAME)
