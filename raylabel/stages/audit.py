@@ -93,7 +93,7 @@ def _layer(scorer: Scorer, layer: int, given: list[Given]) -> tuple[list[Row], l
     units = {(None, one.neuron, one.polarity) for one in given}
     neurons = min(u[1] for u in units), max(u[1] for u in units) + 1
     trials = scorer.trials(scorer.run, layer, neurons, set(units))
-    theirs = {(None, one.neuron, one.polarity): one.label for one in reversed(given)}
+    theirs: dict[tuple[str | None, int, int], str] = {(None, one.neuron, one.polarity): one.label for one in reversed(given)}
     seed = scorer.config.run.seed
     items: list[Labelled] = []
     kept: list[Given] = []

@@ -125,8 +125,8 @@ def scored(scores: list[Row], source: str | None) -> Row:
     mine = [s for s in scores if s["label_source"] == source and s["scorer"] != AGREEMENT and s["corrected"] is not None]
     row: Row = {}
     for name, column in (("score", "corrected"), ("score_low", "low"), ("score_high", "high")):
-        values = [s.get(column) for s in mine]
-        row[name] = sum(values) / len(values) if values and None not in values else None
+        values = [s[column] for s in mine if s.get(column) is not None]
+        row[name] = sum(values) / len(values) if values and len(values) == len(mine) else None
     agreement = [s["corrected"] for s in scores if s["label_source"] == source and s["scorer"] == AGREEMENT]
     return {**row, "agreement": agreement[0] if agreement else None}
 

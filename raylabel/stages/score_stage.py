@@ -103,11 +103,11 @@ class Scorer:
                 rows.append(row_of(item, "embedding", of_windows(item, got, graded=True), seed, layer))
         if set(wanted) & set(ASKED):
             answered, self.tally = ask_all(self.run, self.config, items)
-            for item, scorer, got in answered:
-                if isinstance(got, str):
-                    failures.append(failure(layer, item, f"{scorer} of {item.source!r}: {got}"))
+            for item, scorer, answer in answered:
+                if isinstance(answer, str):
+                    failures.append(failure(layer, item, f"{scorer} of {item.source!r}: {answer}"))
                 else:
-                    rows.append(row_of(item, scorer, got, seed, layer))
+                    rows.append(row_of(item, scorer, answer, seed, layer))
         return rows, failures
 
     def _agreements(self, layer: int, items: list[Labelled], odds: list[np.ndarray]) -> list[Row]:

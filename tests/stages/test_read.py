@@ -65,7 +65,8 @@ def tops(run: RunDir) -> dict[Any, list[Any]]:
 def test_a_recording_gives_the_exemplars_of_the_scan_that_it_was_made_from(scanned: RunDir, read: RunDir) -> None:
     wanted, found = tops(scanned), tops(read)
     assert found == wanted and len(wanted) > 30
-    windows = [run.table("exemplars", filter=pc.field("sampling") == "top").column("activations").to_pylist() for run in (scanned, read)]
+    top = pc.field("sampling") == "top"
+    windows = [run.table("exemplars", filter=top).column("activations").to_pylist() for run in (scanned, read)]
     assert [[round(v, 4) for v in row] for row in windows[0]] == [[round(v, 4) for v in row] for row in windows[1]]
     for name in ("max", "top_mean"):
         a, b = (run.table("statistics").column(name).to_pylist() for run in (scanned, read))
