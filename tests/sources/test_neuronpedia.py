@@ -24,7 +24,7 @@ from raylabel.stages.read import imported_labels
 from raylabel.store.rundir import RunDir
 from tests.sources.recorded_files import mutations, packed, series
 
-WORDS = "red green blue fox dog cat house garden river stone".split()
+WORDS = ["red", "green", "blue", "fox", "dog", "cat", "house", "garden", "river", "stone"]
 SOURCE = "6-res-jb"
 
 
@@ -57,7 +57,8 @@ def export(base: Path, features: range, batch: int = 3) -> Path:
         for index in range(at, min(at + batch, features.stop)):
             page = feature_of(index)
             key = {"modelId": page["modelId"], "layer": page["layer"], "index": page["index"] if index % 2 else index}
-            rows["features"].append({**key, **{k: page[k] for k in ("frac_nonzero", "pos_str", "pos_values", "neg_str", "neg_values")}})
+            columns = ("frac_nonzero", "pos_str", "pos_values", "neg_str", "neg_values")
+            rows["features"].append({**key, **{k: page[k] for k in columns}})
             rows["activations"] += [{**key, **one} for one in page["activations"]]
             rows["explanations"] += [{**key, "embedding": "[0.1]", **one} for one in page["explanations"]]
         for kind, lines in rows.items():

@@ -162,7 +162,7 @@ def test_units_that_the_model_has_not_and_recordings_of_another_model_are_refuse
     with pytest.raises(RunFailed, match="read: 20 of 1 neurons failed"):
         run_pipeline(recorded_config(tiny_model, write_rows(many, tmp_path / "c.jsonl"), tmp_path / "many"))
     path = write_rows([{**good, "tokens": ["日本", "語"]}], tmp_path / "b.jsonl")
-    with pytest.raises(BadInput, match="has only . of . recorded tokens"):
+    with pytest.raises(BadInput, match=r"has only . of . recorded tokens"):
         run_pipeline(recorded_config(tiny_model, path, tmp_path / "other"))
 
 
