@@ -94,16 +94,24 @@ def test_verify_reproduces_a_recording(scanned: RunDir, read: RunDir) -> None:
     assert {row["state"] for row in stage_rows(read)} == {"done"}
 
 
-def test_a_run_on_ray_and_pieces_of_any_size_give_the_same_tables(
-    read: RunDir, tiny_model: Path, recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("raylabel.sources.plain.line_pieces.__defaults__", (100_000,))
+def test_a_run_on_ray_gives_the_same_tables(read: RunDir, tiny_model: Path, recording: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"subject": {"neurons": [0, 8]}, "run": {"address": "local", "workers": 2}}
     run_pipeline(recorded_config(tiny_model, recording, tmp_path / "run", **sections))
+    assert not differing(read, RunDir(str(tmp_path / "run")))
+
+
+def test_small_pieces_give_the_same_exemplars(
+    read: RunDir, tiny_model: Path, recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = recording.stat().st_size // 5
+    monkeypatch.setattr("raylabel.sources.plain.line_pieces.__defaults__", (size,))
+    monkeypatch.setattr("raylabel.sources.recorded.PIECE_BYTES", size)
+    run_pipeline(recorded_config(tiny_model, recording, tmp_path / "run", subject={"neurons": [0, 8]}, run={"stages": ["read"]}))
     other = RunDir(str(tmp_path / "run"))
     plan = other.plan("read")
-    assert plan is not None and sum(unit.step == "pieces" for unit in plan.units) >= 1
-    assert not differing(read, other)
+    assert plan is not None and sum(unit.step == "pieces" for unit in plan.units) >= 5
+    found, wanted = tops(other), tops(read)
+    assert found == wanted
 
 
 def test_without_a_model_units_are_identified_and_verify_is_skipped_aloud(recording: Path, tmp_path: Path) -> None:
