@@ -23,12 +23,20 @@ series = st.integers(1, 6).flatmap(
     lambda n: st.tuples(st.lists(tokens, min_size=n, max_size=n), st.lists(values, min_size=n, max_size=n))
 )
 numbers = st.integers(0, 40)
+BROKEN = [b"NaN", b"1e999", b'"', b"[", b"}", b"\n", b"\x00", b"-1", b"99999999999", b"null"]
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    tokens, activations = row.pop("text")
+    return {**row, "tokens": tokens, "activations": activations}
+
+
 plain_row = st.fixed_dictionaries(
     {"layer": numbers, "neuron": numbers, "text": series},
     optional={
         "polarity": st.sampled_from([1, -1]), "document": st.text(max_size=5), "sampling": st.sampled_from(["top", "random"]),
     },
-).map(lambda row: {**{k: v for k, v in row.items() if k != "text"}, "tokens": row["text"][0], "activations": row["text"][1]})  # fmt: skip
+).map(_flat)  # fmt: skip
 plain_rows = st.lists(plain_row, min_size=1, max_size=8)
 
 
@@ -132,7 +140,7 @@ def mutations(draw: Any, data: bytes) -> bytes:
         elif how == "cut":
             del changed[at : at + draw(st.integers(1, 20))]
         elif how == "insert":
-            changed[at:at] = draw(st.sampled_from([b"NaN", b"1e999", b'"', b"[", b"}", b"\n", b"\x00", b"-1", b"99999999999", b"null"]))
+            changed[at:at] = draw(st.sampled_from(BROKEN))
         else:
             del changed[at:]
     return bytes(changed)
