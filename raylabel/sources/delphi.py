@@ -93,12 +93,13 @@ def _stretches(locations: Any, activations: Any, n: int) -> Iterator[tuple[np.nd
     held = (np.zeros((0, 3), np.int64), np.zeros(0))
     before = -1
     for start in range(0, n, ENTRIES):
-        at = np.concatenate([held[0], np.asarray(locations[start : start + ENTRIES]).astype(np.int64)])
-        values = np.concatenate([held[1], np.asarray(activations[start : start + ENTRIES]).astype(np.float64)])
+        end = min(start + ENTRIES, n)
+        at = np.concatenate([held[0], np.asarray(locations[start:end]).astype(np.int64)])
+        values = np.concatenate([held[1], np.asarray(activations[start:end]).astype(np.float64)])
         row = at[:, 0]
         if len(row) and (row[0] < before or (np.diff(row) < 0).any()):
             raise ValueError("locations are not in the order of rows")
-        whole = len(row) if start + ENTRIES >= n else int(np.searchsorted(row, row[-1]))
+        whole = len(row) if end == n else int(np.searchsorted(row, row[-1]))
         before = int(row[whole - 1]) if whole else before
         held = (at[whole:], values[whole:])
         yield at[:whole], values[:whole]

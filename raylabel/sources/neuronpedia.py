@@ -24,7 +24,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from yarl import URL
 
 from raylabel.config import RunConfig, listed_units
@@ -32,13 +31,12 @@ from raylabel.errors import BadInput
 from raylabel.limits import PACE, limiter
 from raylabel.sections import NeuronpediaConfig
 from raylabel.sources.fetch import Fetcher, Manners, NotFetched
+from raylabel.sources.neuronpedia_rows import ROWS, Page, index_of, labels, numbers, text_of
 from raylabel.sources.pages import Pages
-from raylabel.sources.reading import BROKEN, Schema, lines, parsed, stamp, what
-from raylabel.sources.records import Bad, Label, Record, Text
-from raylabel.sources.saedashboard import DENSE, sampling
+from raylabel.sources.reading import BROKEN, lines, parsed, stamp, what
+from raylabel.sources.records import Bad, Record
 
 KINDS = ("features", "activations", "explanations")
-EXPLAINER = "neuronpedia"
 FEATURES_A_PIECE, FEATURES_A_DOWNLOAD = 64, 256
 HOPELESS = 50
 FEATURE_BYTES = 1_200_000
@@ -50,60 +48,6 @@ _BATCH = re.compile(r"batch-(\d+)\.jsonl(\.gz)?")
 _GONE = ("404", "403")
 """How what is not there answers; a bucket that does not list its keys says 403."""
 Piece = dict[str, Any]
-
-
-class Activation(Schema):
-    """A text."""
-
-    tokens: list[str]
-    values: list[float]
-    maxValueTokenIndex: int | None = None
-    binContains: float | None = None
-
-
-class Explanation(Schema):
-    """A label."""
-
-    description: str
-
-
-class Feature(Schema):
-    """Numbers of a feature."""
-
-    index: int | str
-    modelId: str | None = None
-    layer: str | None = None
-    frac_nonzero: float | None = None
-    pos_str: list[str] | None = None
-    pos_values: list[float] | None = None
-    neg_str: list[str] | None = None
-    neg_values: list[float] | None = None
-
-
-class ActivationRow(Activation):
-    """A line of `activations`."""
-
-    index: int | str
-    modelId: str | None = None
-    layer: str | None = None
-
-
-class ExplanationRow(Explanation):
-    """A line of `explanations`."""
-
-    index: int | str
-    modelId: str | None = None
-    layer: str | None = None
-
-
-class Page(Feature):
-    """An answer of the API."""
-
-    activations: list[Activation] = Field(default_factory=list)
-    explanations: list[Explanation] = Field(default_factory=list)
-
-
-ROWS: dict[str, Any] = {"features": Feature, "activations": ActivationRow, "explanations": ExplanationRow}
 
 
 def settings(config: RunConfig) -> tuple[NeuronpediaConfig, str, dict[int, str]]:
@@ -341,41 +285,12 @@ def _rows(
 
 def _record(row: Any, kind: str, model: str, source: str, layer: int, place: str) -> Record:
     """The record of a line; ValueError says what is wrong with it."""
-    neuron = _index(row, model, source)
+    neuron = index_of(row, model, source)
     if kind == "features":
-        return Record(layer, neuron, [], statistics=_numbers(row), place=place)
+        return Record(layer, neuron, [], statistics=numbers(row), place=place)
     if kind == "explanations":
-        return Record(layer, neuron, [], labels=_labels([row]), place=place)
-    return Record(layer, neuron, [_text(row)], place=place)
-
-
-def _index(row: Any, model: str, source: str) -> int:
-    for name, given, asked in (("modelId", row.modelId, model), ("layer", row.layer, source)):
-        if given is not None and given != asked:
-            raise ValueError(f"{name} is {given[:40]!r}, asked was {asked!r}")
-    text = str(row.index)
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise ValueError(f"index: {text[:20]!r} is no feature's number")
-    return int(text)
-
-
-def _text(row: Activation) -> Text:
-    return Text(row.tokens, row.values, row.maxValueTokenIndex, sampling=sampling(row.binContains))
-
-
-def _labels(rows: list[Any]) -> list[Label]:
-    found = (" ".join(row.description.split()) for row in rows)
-    return [Label(text, EXPLAINER, text) for text in found if text]
-
-
-def _numbers(row: Feature) -> dict[str, Any]:
-    found: dict[str, Any] = {"dense": None if row.frac_nonzero is None else row.frac_nonzero > DENSE}
-    for name, tokens, values in (("logits_up", row.pos_str, row.pos_values), ("logits_down", row.neg_str, row.neg_values)):
-        if tokens and values:
-            if len(tokens) != len(values):
-                raise ValueError(f"{name}: {len(tokens)} tokens but {len(values)} values")
-            found[name] = list(zip(tokens, values, strict=True))
-    return found
+        return Record(layer, neuron, [], labels=labels([row]), place=place)
+    return Record(layer, neuron, [text_of(row)], place=place)
 
 
 def _page(pages: Pages, section: NeuronpediaConfig, model: str, source: str, layer: int, neuron: int) -> Record | Bad:
@@ -386,10 +301,10 @@ def _page(pages: Pages, section: NeuronpediaConfig, model: str, source: str, lay
             why = entry.get("failed", "nothing") if entry else "it was not fetched"
             return Bad(f"{url}: {why}", layer, neuron)
         page = parsed(pages.read(entry), Page)
-        if _index(page, model, source) != neuron:
+        if index_of(page, model, source) != neuron:
             raise ValueError(f"index is {page.index!r}, asked was {neuron}")
-        texts = [_text(row) for row in page.activations]
-        return Record(layer, neuron, texts, statistics=_numbers(page), labels=_labels(page.explanations), place=url)
+        texts = [text_of(row) for row in page.activations]
+        return Record(layer, neuron, texts, statistics=numbers(page), labels=labels(page.explanations), place=url)
     except (ValueError, OSError) as error:
         return Bad(f"{url}: {error}", layer, neuron)
 

@@ -49,7 +49,7 @@ class Pages:
         """Keeps a page, then what says that it is there."""
         digest = hashlib.sha256(body).hexdigest()
         if not self.files.exists(_body(digest)):
-            self.files.write(_body(digest), gzip.compress(body, 5, mtime=0))
+            self.files.write(_body(digest), gzip.compress(body, 1, mtime=0))
         self._note(url, {"sha256": digest, **{name: value for name, value in tags.items() if value}})
 
     def fail(self, url: str, reason: str) -> None:

@@ -32,7 +32,8 @@ def stamp(file: Path) -> dict[str, Any]:
     status = os.stat(file)
     if status.st_size > HASHED:
         return {"bytes": status.st_size, "mark": str(status.st_mtime_ns)}
-    return {"bytes": status.st_size, "mark": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
+    with open(file, "rb") as opened:
+        return {"bytes": status.st_size, "mark": hashlib.file_digest(opened, "sha256").hexdigest()[:16]}
 
 
 def line_pieces(file: Path, size: int = PIECE_BYTES) -> list[dict[str, Any]]:

@@ -108,10 +108,8 @@ class Spelling:
         special = set(special_ids)
         self.special = {name: i for name, i in vocabulary.items() if i in special}
         self.names = {i: name for name, i in self.special.items()}
-        how = convention(list(vocabulary))
-        if how == "text" and any("Ġ" in name for name in vocabulary):
-            how = "bytes"
-        self.how = how
+        marks = (("Ġ", "bytes"), ("▁", "pieces"))
+        self.how = next((how for mark, how in marks if any(mark in name for name in vocabulary)), "text")
         self._by_text: dict[str, int] | None = None
 
     @property

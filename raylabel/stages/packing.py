@@ -30,6 +30,9 @@ from raylabel.tables import SPLITS, from_rows
 FIRING = 16
 """Texts kept to draw `quantile` exemplars from, as a multiple of their number."""
 
+CACHED_TOKENS = 200_000
+"""Tokens of the texts that are kept for other units to have been recorded in: a token takes some 300 bytes."""
+
 _strings, _ints, _floats = pa.list_(pa.string()), pa.list_(pa.int32()), pa.list_(pa.float32())
 TEXTS = pa.schema([
     ("neuron", pa.int32()), ("polarity", pa.int8()), ("site", pa.string()), ("digest", pa.string()), ("split", pa.string()),
@@ -53,6 +56,7 @@ class Packer:
         self.special: set[int] = set()
         """Ids of special tokens that were met."""
         self._texts: dict[tuple[Any, ...], Row] = {}
+        self._held = 0
 
     def add(self, record: Record) -> tuple[Row, list[Row], list[str]]:
         """(row of UNITS, rows of TEXTS, what is wrong with texts that are left out); ValueError for a bad record."""
@@ -87,9 +91,11 @@ class Packer:
     def _sample(self, text: Text) -> Row:
         key = (text.tokens and tuple(text.tokens), None if text.token_ids is None else tuple(text.token_ids), text.document)
         if key not in self._texts:
-            if len(self._texts) > 4096:
+            if self._held > CACHED_TOKENS:
                 self._texts.clear()
+                self._held = 0
             self._texts[key] = self._make(text)
+            self._held += len(text.activations)
         return self._texts[key]
 
     def _make(self, text: Text) -> Row:

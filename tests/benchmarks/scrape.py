@@ -163,7 +163,7 @@ def rows(what: str, times: list[float], paused: float, rate: float, how: str, mo
 
 def scrape(settings: Settings) -> Iterator[Row]:
     """One worker in this process, then two on Ray."""
-    pages, rate = (300, 100.0) if settings.quick else (5000, 50.0)
+    pages, rate = (300, 100.0) if settings.quick else (5000, 20.0)
     how = f"{pages} pages of {len(page(0, 0)) // 1000} kB, {RUDE:.0%} rude, {rate:g} a second"
     set_provider(None)
     with served(pages) as (url, times):

@@ -14,6 +14,7 @@ from raylabel.engine.pipeline import run_pipeline
 from raylabel.errors import BadInput
 from raylabel.limits import set_provider
 from raylabel.sources.neuroscope import MODELS, downloads, estimate, page, pieces
+from raylabel.stages import settled
 from raylabel.store.rundir import RunDir
 from tests.conftest import Command
 from tests.served import Recorded
@@ -122,6 +123,25 @@ def test_recordings_of_another_place_are_refused_before_the_rest_is_fetched(
             run_pipeline(config(tiny_model, site.url, tmp_path / "run", subject={**asked, "neurons": [0, 16]}))
         assert words in str(error.value)
         assert len([p for p in site.paths if p != "/robots.txt"]) == 16
+
+
+def test_recordings_before_a_layernorm_are_named_where_the_subject_is_read_behind_it(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    texts = [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()][:30]
+    with Site(Recorded("demo", texts, "mlp_mid").page) as site:
+        wanted = config("demo", site.url, tmp_path / "run", subject={"layers": [0, 1], "neurons": [0, 8]})
+        with pytest.raises(BadInput, match=r"mlp_post with BOS, but (\d+) at mlp_mid; set subject\.site"):
+            run_pipeline(wanted)
+
+
+def test_the_subject_is_read_where_the_recordings_were_made_unless_told_otherwise(tmp_path: Path) -> None:
+    def site(model: str, **subject: str) -> str:
+        tree = {"subject": {"model": model, **subject}, "exemplars": {"source": "neuroscope", "neuroscope": {"model": model}}}
+        return settled(build_config(tree)).subject.site
+
+    assert (site("solu-8l-pile"), site("gpt2-small"), site("gelu-1l")) == ("mlp_mid", "mlp_post", "mlp_post")
+    assert site("solu-8l-pile", site="mlp_post") == "mlp_post"
 
 
 def test_a_site_that_is_gone_stops_the_run(

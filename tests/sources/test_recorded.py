@@ -130,8 +130,8 @@ def test_broken_files_are_named_and_never_crash(kind: str, data: Any) -> None:
             path = write_delphi(folder / "layers.1", np.eye(4)[:, :, None] * 1.5, np.arange(16).reshape(4, 4))
         elif kind in ("openai", "saedashboard"):
             path = folder / "x.json"
-            record = neuron_record(1, 2, texts, True) if kind == "openai" else dashboard(1, {2: texts, 3: texts})
-            path.write_text(json.dumps(record))
+            tree = neuron_record(1, 2, texts, True) if kind == "openai" else dashboard(1, {2: texts, 3: texts})
+            path.write_text(json.dumps(tree))
         else:
             path = write_plain(rows, folder / f"x.{kind}")
         whole = len(read_all(config_of(path, kind, "gpt2"))[0])
