@@ -31,8 +31,8 @@ from raylabel.errors import BadInput
 from raylabel.limits import PACE, limiter
 from raylabel.sections import NeuronpediaConfig
 from raylabel.sources.fetch import Fetcher, Manners, NotFetched
-from raylabel.sources.pages import Pages
 from raylabel.sources.neuronpedia_rows import ROWS, Page, index_of, labels, numbers, text_of
+from raylabel.sources.pages import Pages
 from raylabel.sources.reading import BROKEN, lines, parsed, stamp, what
 from raylabel.sources.records import Bad, Record
 
