@@ -95,10 +95,10 @@ def dashboard(layer: int, features: dict[int, list[Any]]) -> dict[str, Any]:
 def write_delphi(folder: Path, acts: np.ndarray, ids: np.ndarray, first: int = 0) -> Path:
     """A split of delphi's cache from dense activations [rows, context, latents]."""
     folder.mkdir(parents=True, exist_ok=True)
-    at = np.argwhere(np.abs(acts) > 1e-5)
+    at = np.ascontiguousarray(np.argwhere(np.abs(acts) > 1e-5))
     path = folder / f"{first}_{first + acts.shape[2] - 1}.safetensors"
     save_file({
-        "locations": at.astype(np.uint16), "activations": acts[tuple(at.T)].astype(np.float16), "tokens": ids.astype(np.int64),
+        "locations": np.ascontiguousarray(at.astype(np.uint16)), "activations": acts[tuple(at.T)].astype(np.float16), "tokens": ids.astype(np.int64),
     }, path)  # fmt: skip
     return path
 
