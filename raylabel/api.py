@@ -86,20 +86,20 @@ class Run:
         """Everything about one unit; `polarity` as in the tables. BadInput if the run has no such unit."""
         found = {}
         condition = (pc.field("neuron") == neuron) & (pc.field("polarity") == polarity)
-        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants"):
+        for name in ("results", "statistics", "candidates", "verifications", "exemplars", "variants", "labels"):
             found[name] = self._directory.table(name, layer, filter=condition).to_pylist()
         if not any(found.values()):
             raise BadInput(f"{self._directory.files.url}: no unit layer {layer}, neuron {neuron}, polarity {polarity:+d}")
         first = {name: (rows[0] if rows else {}) for name, rows in found.items()}
         return UnitView(
             layer, neuron, polarity, first["results"], first["statistics"], first["candidates"], first["verifications"],
-            found["exemplars"], found["variants"],
+            found["exemplars"], found["variants"], found["labels"],
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class UnitView:
-    """All rows about one unit: single rows as dicts ({} where a stage has none), exemplars and variants as lists."""
+    """All rows about one unit: single rows as dicts ({} where a stage has none), exemplars, variants and labels as lists."""
 
     layer: int
     neuron: int
@@ -110,6 +110,7 @@ class UnitView:
     verification: dict[str, Any]
     exemplars: list[dict[str, Any]]
     variants: list[dict[str, Any]]
+    labels: list[dict[str, Any]]
 
     def top(self, split: str = "explain") -> list[dict[str, Any]]:
         """Top exemplars of a split, strongest first."""

@@ -212,11 +212,11 @@ def test_no_cluster_at_the_address(command: Command, tree: dict[str, Any], tmp_p
 
 
 def test_run_status_show_and_export(command: Command, tree: dict[str, Any], finished: RunDir, tmp_path: Path) -> None:
-    tree["describe"] = {"exemplars": 3}
+    tree["score"] = {"window": 16}
     run = tmp_path / "elsewhere" / "rün"
     code, out, err = command("run", write(tree, tmp_path), "--out", run, "--set", "optimize.evaluations=2")
     assert code == 0
-    assert "describe is not used" in err
+    assert "score is not used" in err
     assert "optimize is not used" in err
     assert "units beside decoys" in out
     assert str(run) in out
@@ -227,7 +227,7 @@ def test_run_status_show_and_export(command: Command, tree: dict[str, Any], fini
     assert (code, err) == (0, "")
     assert [row["stage"] for row in rows] == ["tokenize", "scan", "identify", "verify", "results"]
     assert {row["state"] for row in rows} == {"done"}
-    assert command("status", run)[1].count("done") == 6
+    assert command("status", run)[1].count("done") == 7
     code, _, err = command("status", run, "--verify")
     assert (code, err) == (0, "every file is what was committed\n")
 
