@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
-from raylabel.sources.corpus import chunks, documents
 from raylabel.llm.prompts import SYSTEM, SYSTEM_MATS
+from raylabel.sources.corpus import chunks, documents
 from raylabel.stages import prepare
 from raylabel.stages.describe import AFTER, BEFORE, BUILT_IN
 from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes

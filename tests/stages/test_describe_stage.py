@@ -20,7 +20,11 @@ from raylabel.engine.pipeline import run_pipeline
 from raylabel.errors import RunFailed
 from raylabel.llm import client as client_module
 from raylabel.report.status import stage_rows
+from raylabel.stages import describe_stage
+from raylabel.stages.arrays import table_bytes
+from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
+from raylabel.tables import from_rows
 from tests.llm.servers import body, served
 from tests.rundirs import config_file
 from tests.runs import tiny_config
@@ -126,6 +130,21 @@ def test_a_budget_stops_in_one_line_and_more_of_it_goes_on(labelled: Any, tmp_pa
         run_pipeline(whole)
         assert len(server.requests) == sent
     assert run.complete("results")
+
+
+def test_labels_that_came_with_the_exemplars_stand_beside_our_own(labelled: Any) -> None:
+    config = labelled("http://127.0.0.1:9/v1", explainer="built-in")
+    run = RunDir(config.run.out)
+    given = [{"neuron": n, "polarity": 1, "label": "theirs", "explainer": "neuronpedia"} for n in (2, 5, 9)]
+    run.files.write("imported_labels/01.arrow", table_bytes(from_rows(given, "labels")))
+    key = {"layer": 1, "first": 0, "last": 8, "controls": {}}
+    found = describe_stage.DescribeWorker(run.files.url)(Unit("x", "describe", "labels", key))
+    rows = next(iter(found.shards)).rows.to_pylist()
+    theirs = [i for i, r in enumerate(rows) if r["explainer"] == "neuronpedia"]
+    assert [rows[i]["neuron"] for i in theirs] == [2, 5]
+    for i in theirs:
+        same = [r["explainer"] for r in rows if (r["neuron"], r["polarity"]) == (rows[i]["neuron"], 1)]
+        assert same[-1] == "neuronpedia" and same in (["built-in", "neuronpedia"], ["neuronpedia"])
 
 
 def test_no_credit_ends_the_run_and_scores_nothing(labelled: Any) -> None:
