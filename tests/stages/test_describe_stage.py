@@ -25,6 +25,7 @@ from raylabel.stages.arrays import table_bytes
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.tables import from_rows
+from tests.llm.model_server import answering, mass
 from tests.llm.servers import body, served
 from tests.rundirs import config_file
 from tests.runs import tiny_config
@@ -109,6 +110,29 @@ def test_faults_cost_their_own_unit_at_most(labelled: Any) -> None:
     # A unit without words keeps what was measured.
     before = {unit(r): r["status"] for r in run.table("candidates").to_pylist()}
     assert all(r["status"] == before[unit(r)] for r in run.table("results").to_pylist())
+
+
+def test_a_real_model_labels_every_unit_and_its_tokens_are_counted(labelled: Any, tiny_model: Path) -> None:
+    with served(answering(tiny_model)) as server:
+        config = labelled(server.url, timeout=60)
+        run_pipeline(config)
+        run = RunDir(config.run.out)
+        labels = rows(run, "labels")
+        wanted = {unit(r) for name in (run, run.controls) for r in name.table("candidates").to_pylist() if r["n_exemplars"]}
+        assert {unit(r) for r in labels} | {unit(r) for r in rows(run, "failures")} == wanted and len(labels) > len(wanted) / 2
+        assert all(r["prompt_tokens"] > 50 and r["completion_tokens"] > 5 and len(r["prompt_hash"]) == 16 for r in labels)
+
+        async def asked() -> Any:
+            client = client_module.open_client(run, config)
+            found = await client.ask([{"role": "user", "content": "the cat"}], max_tokens=3, logprobs=True)
+            await client.close()
+            return found
+
+        found = asyncio.run(asked())
+        assert len(found.logprobs) == found.completion_tokens == 3
+        for token in found.logprobs:
+            assert token["logprob"] == max(a["logprob"] for a in token["top_logprobs"])
+            assert 0 < mass(token["top_logprobs"]) <= 1 + 1e-5
 
 
 def test_a_budget_stops_in_one_line_and_more_of_it_goes_on(labelled: Any, tmp_path: Path, capsys: Any) -> None:
