@@ -225,7 +225,7 @@ def test_run_status_show_and_export(command: Command, tree: dict[str, Any], fini
     code, out, err = command("status", run, "--json")
     rows = json.loads(out)
     assert (code, err) == (0, "")
-    assert [row["stage"] for row in rows] == ["tokenize", "scan", "identify", "verify", "results"]
+    assert [row["stage"] for row in rows] == ["tokenize", "scan", "identify", "verify", "describe", "results"]
     assert {row["state"] for row in rows} == {"done"}
     assert command("status", run)[1].count("done") == 7
     code, _, err = command("status", run, "--verify")

@@ -22,6 +22,7 @@ from raylabel.llm import client as client_module
 from raylabel.report.status import stage_rows
 from raylabel.stages import describe_stage
 from raylabel.stages.arrays import table_bytes
+from raylabel.stages.check import llm_cost
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.tables import from_rows
@@ -220,3 +221,11 @@ def test_workers_on_ray_share_what_was_bought(labelled: Any, monkeypatch: pytest
         run = RunDir(config.run.out)
         asked = sum(table.num_rows for table in (run.table("labels"), run.controls.table("labels")))
         assert bought < len(server.requests) <= asked
+
+
+def test_the_dry_run_prices_every_unit_or_says_that_it_cannot(labelled: Any) -> None:
+    found = llm_cost(labelled("http://127.0.0.1:9/v1"), 100)
+    assert found["LLM calls"] == 100 and 30_000 < found["LLM prompt tokens"] < 100_000
+    assert found["LLM cost"] == pytest.approx((found["LLM prompt tokens"] + 2 * found["LLM completion tokens"]) / 1e6)
+    assert llm_cost(labelled("http://127.0.0.1:9/v1", usd_per_million_prompt=None), 100)["LLM cost"] is None
+    assert llm_cost(labelled("http://127.0.0.1:9/v1", explainer="built-in"), 100)["LLM calls"] == 0
