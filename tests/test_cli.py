@@ -297,7 +297,7 @@ def test_results_that_are_not_there_yet(command: Command, tree: dict[str, Any], 
     refused(command("show", tmp_path / "run"), "no results yet")
     refused(command("export", tmp_path / "run", "--to", "csv", "--out", tmp_path / "x"), "no results yet")
     rows = json.loads(command("status", tmp_path / "run", "--json")[1])
-    assert [row["state"] for row in rows] == ["done", *["not started"] * 4]
+    assert [row["state"] for row in rows] == ["done", *["not started"] * 5]
 
 
 @pytest.fixture
