@@ -113,12 +113,13 @@ class Run:
         return UnitView(
             layer, neuron, polarity, first["results"], first["statistics"], first["candidates"], first["verifications"],
             found["exemplars"], found["variants"], first["concepts"], first["labels"], found["scores"],
+            found["labels"],
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class UnitView:
-    """All rows about one unit: single rows as dicts ({} where a stage has none), exemplars, variants and scores as lists."""
+    """All rows about one unit: single rows as dicts ({} where a stage has none), exemplars, variants, scores and labels as lists."""
 
     layer: int
     neuron: int
@@ -132,6 +133,7 @@ class UnitView:
     concept: dict[str, Any] = field(default_factory=dict)
     labelling: dict[str, Any] = field(default_factory=dict)
     scores: list[dict[str, Any]] = field(default_factory=list)
+    labels: list[dict[str, Any]] = field(default_factory=list)
 
     def top(self, split: str = "explain") -> list[dict[str, Any]]:
         """Top exemplars of a split, strongest first."""

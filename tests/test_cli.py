@@ -212,11 +212,11 @@ def test_no_cluster_at_the_address(command: Command, tree: dict[str, Any], tmp_p
 
 
 def test_run_status_show_and_export(command: Command, tree: dict[str, Any], finished: RunDir, tmp_path: Path) -> None:
-    tree["describe"] = {"exemplars": 3}
+    tree["score"] = {"window": 16}
     run = tmp_path / "elsewhere" / "rün"
     code, out, err = command("run", write(tree, tmp_path), "--out", run, "--set", "optimize.evaluations=2")
     assert code == 0
-    assert "describe is not used" in err
+    assert "score is not used" in err
     assert "optimize is not used" in err
     assert "units beside decoys" in out
     assert str(run) in out
@@ -225,9 +225,9 @@ def test_run_status_show_and_export(command: Command, tree: dict[str, Any], fini
     code, out, err = command("status", run, "--json")
     rows = json.loads(out)
     assert (code, err) == (0, "")
-    assert [row["stage"] for row in rows] == ["tokenize", "scan", "identify", "verify", "results"]
+    assert [row["stage"] for row in rows] == ["tokenize", "scan", "identify", "verify", "describe", "results"]
     assert {row["state"] for row in rows} == {"done"}
-    assert command("status", run)[1].count("done") == 6
+    assert command("status", run)[1].count("done") == 7
     code, _, err = command("status", run, "--verify")
     assert (code, err) == (0, "every file is what was committed\n")
 
@@ -297,7 +297,7 @@ def test_results_that_are_not_there_yet(command: Command, tree: dict[str, Any], 
     refused(command("show", tmp_path / "run"), "no results yet")
     refused(command("export", tmp_path / "run", "--to", "csv", "--out", tmp_path / "x"), "no results yet")
     rows = json.loads(command("status", tmp_path / "run", "--json")[1])
-    assert [row["state"] for row in rows] == ["done", *["not started"] * 4]
+    assert [row["state"] for row in rows] == ["done", *["not started"] * 5]
 
 
 @pytest.fixture

@@ -235,7 +235,11 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say,
 
         try:
             pool.run(step, units, run.files, config.run.format, done)
-        except (UnitFailed, OSError) as error:
+        except BaseException as error:
+            # The caller does not know of a pool that was opened here.
+            pool.close()
+            if not isinstance(error, UnitFailed | OSError):
+                raise
             why = str(error) if isinstance(error, UnitFailed) else reason(error)
             raise RunFailed(f"{stage.name} cannot go on: {why}") from error
     lost = len(plan.units) - len(run.committed(plan))

@@ -83,6 +83,9 @@ def unit_card(unit: UnitView) -> RenderableType:
     parts: list[RenderableType] = [head]
     if result:
         parts.append(Text(f"label: {clean(result['label'] or '·')}  ({result['label_source'] or result['status']})"))
+        if result["description"]:
+            parts.append(Text(clean(result["description"])))
+        parts += [_meanings(row) for row in unit.labels if len(row["meanings"] or []) > 1]
         facts = Table.grid(padding=(0, 2))
         facts.add_row("kind", result["kind"] or "·", "q", number(result["q_value"], ".4f"), "decoys at least as well",
                       number(result["decoy_rate"], ".1%"))  # fmt: skip
@@ -106,6 +109,12 @@ def unit_card(unit: UnitView) -> RenderableType:
     if unit.variants:
         parts.append(_swaps(unit))
     return Group(*parts)
+
+
+def _meanings(label: dict[str, Any]) -> RenderableType:
+    """The meanings of a label with their shares."""
+    each = "; ".join(f"{clean(m['label'])} {number(m['share'], '.0%')}" for m in label["meanings"])
+    return Text(f"meanings ({clean(label['explainer'])}): {each}")
 
 
 def _causal(verdict: dict[str, Any]) -> RenderableType:

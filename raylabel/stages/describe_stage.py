@@ -17,6 +17,7 @@ from raylabel.config import RunConfig
 from raylabel.llm.client import AskFailed, open_client
 from raylabel.llm.prompts import MAX_TOKENS, Label
 from raylabel.stages import describe
+from raylabel.stages.arrays import read_table
 from raylabel.stages.base import Stage, Step, blame_neurons, halve_neurons, with_controls
 from raylabel.stages.describe import BUILT_IN, Question, Row
 from raylabel.stages.identify_stage import by_unit, open_background
@@ -28,8 +29,8 @@ from raylabel.tables import from_rows
 
 NEURONS = 256
 """Neurons of a work unit: enough questions to keep a server busy."""
-IMPORTED = "neuronpedia"
-"""The explainer of labels that came with the exemplars."""
+IMPORTED = "imported_labels"
+"""Where labels lie that came with exemplars that were fetched or read: `LAYER.arrow`, schema `labels`."""
 Names = tuple[Any, ...]
 
 
@@ -71,8 +72,7 @@ class DescribeWorker:
         answers, failures = self._asked(questions)
         rows += [{**dict(zip(keys, name, strict=True)), **row} for name, row in answers.items()]
         failed = [{"layer": layer, **dict(zip(keys, name, strict=True)), "reason": why} for name, why in failures.items()]
-        # Of several labels of a unit the last is the one that results show.
-        rows.sort(key=lambda r: (BUILT_IN, IMPORTED).index(r["explainer"]) if r["explainer"] in (BUILT_IN, IMPORTED) else 2)
+        # Of several labels of a unit the last is the one that results show: built-in, imported, the explainer's.
         table = from_rows(rows, "labels", controls)
         table = table.take(pa.array(_order(table, controls), pa.int64()))
         notes = {"llm": self.client.tally()} if self.client else {}
@@ -122,8 +122,14 @@ class DescribeWorker:
 
 
 def imported(run: RunDir, layer: int, neurons: tuple[int, int]) -> list[Row]:
-    """Rows of labels that came with the exemplars, explainer IMPORTED; the corpus brings none."""
-    return []
+    """Rows of `labels` that came with the exemplars, under their own explainers (`neuronpedia`); a corpus brings none."""
+    try:
+        table = read_table(run.files.read(f"{IMPORTED}/{layer:02d}.arrow"))
+    except FileNotFoundError:
+        return []
+    number = pc.field("neuron")
+    rows: list[Row] = table.filter((number >= neurons[0]) & (number < neurons[1])).to_pylist()
+    return rows
 
 
 def _names(row: Row, keys: list[str]) -> Names:

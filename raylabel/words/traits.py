@@ -104,8 +104,8 @@ def traits() -> tuple[Trait, ...]:
         Trait("words in capitals", lambda p: _words(p) and p.word.isupper() and len(p.word) > 1),
         Trait("capitalised words", lambda p: p.word[:1].isupper() and not p.word.isupper()),
         Trait("words with accents", lambda p: _words(p) and not p.word.replace("’", "'").isascii()),
-        Trait("at the start of a text", lambda p: p.opens, True),
-        Trait("at the start of a line", _line, True),
-        Trait("at the start of a sentence", lambda p: bool(re.search(r"[.!?][\"'”’)]*\s+$", p.before)), True),
-        Trait("at the end of a line", lambda p: p.after[: len(p.after) - len(p.after.lstrip())].count("\n") > 0, True),
+        Trait("starting a text", lambda p: p.opens, True),
+        Trait("starting a line", _line, True),
+        Trait("starting a sentence", lambda p: bool(re.search(r"[.!?][\"'”’)]*\s+$", p.before)), True),
+        Trait("ending a line", lambda p: p.after[: len(p.after) - len(p.after.lstrip())].count("\n") > 0, True),
     )

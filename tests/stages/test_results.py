@@ -172,7 +172,7 @@ def test_a_run_has_a_row_for_every_unit_and_decoy(finished: RunDir) -> None:
         ("decoy", layer, n) for layer in range(3) for n in range(5)
     ]
     assert {r["status"] for r in rows} == {"ok", "too_few"}
-    assert {(r["label"] is None, r["label_source"]) for r in rows} <= {(True, None), (False, "MAT words")}
+    assert {(r["label"] is None, r["label_source"]) for r in rows} <= {(True, None), (False, "built-in")}
     assert any(r["verified"] for r in rows)
     for row in rows:
         assert row["verified"] <= row["flagged"]

@@ -64,7 +64,7 @@ def test_what_stands_behind_one_word_is_said() -> None:
 def test_the_place_is_said_where_it_is_not_the_usual_one() -> None:
     starts = [at("and", before="So it was.\n") for _ in range(6)]
     elsewhere = [at("and", before=" cats ") for _ in range(6)]
-    assert gist(starts, elsewhere).label == "the word “and” at the start of a line"
+    assert gist(starts, elsewhere).label == "the word “and” starting a line"
     assert gist(starts, starts).label == "the word “and”"
 
 
