@@ -90,7 +90,8 @@ def tokens(settings: Settings) -> Iterator[Row]:
 
         asked = question(shown, "phrases", DescribeConfig().exemplars)  # type: ignore[arg-type]
         sizes.append(client.tokens + client.count(asked.messages, Label))
-    how = f"{len(units)} units of WikiText-2, {statistics.median(counts):.0f} windows of {ScoreConfig().window} GPT-2 tokens a scorer"
+    windows = f"{statistics.median(counts):.0f} windows of {ScoreConfig().window} GPT-2 tokens a scorer"
+    how = f"{len(units)} units of WikiText-2, {windows}"
     yield Row(
         "LLM prompt tokens a unit: label, detection, fuzzing", f"delphi at its defaults, about {PEERS:,}",
         statistics.median(sizes), min(sizes), max(sizes), len(sizes), "tokens", how, goal=GOAL, at_most=True,
@@ -98,7 +99,8 @@ def tokens(settings: Settings) -> Iterator[Row]:
     for scorer, found_widths in widths.items():
         yield Row(
             f"width of the 95 % interval of a corrected {scorer} score", "a score without doubt",
-            statistics.median(found_widths), min(found_widths), max(found_widths), len(found_widths), "of 2 at most", f"{how}; one answer in {ERRORS} wrong",
+            statistics.median(found_widths), min(found_widths), max(found_widths), len(found_widths), "of 2 at most",
+            f"{how}; one answer in {ERRORS} wrong",
         )  # fmt: skip
 
 
