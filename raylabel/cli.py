@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raylabel.config import RunConfig, load_config, unused_keys
+from raylabel.config import RunConfig, load_config
 from raylabel.errors import BadInput, RunFailed
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -110,8 +110,6 @@ def _run(config: RunConfig) -> int:
     from raylabel.report import terminal
     from raylabel.store.rundir import RunDir
 
-    for line in unused_keys(config):
-        _say(line)
     started = time.time()
     report = run_pipeline(config, _say)
     directory = RunDir(config.run.out)
@@ -180,8 +178,6 @@ def check(config: Config, overrides: Set = None, out: Out = None, as_json: Json 
     from raylabel.stages.check import estimate
 
     settings = _configure(config, overrides, out, None, None)
-    for line in unused_keys(settings):
-        _say(line)
     found = estimate(settings)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -1,7 +1,7 @@
 """RunConfig: the whole configuration as one pydantic tree; its sections are in `sections`.
 
 `load_config(path, overrides)` reads YAML and `--set key.path=value` overrides and raises BadInput with one line that
-names the key. Keys of stages that are not part of this version are accepted; `unused_keys` lists those that were set.
+names the key.
 """
 
 from __future__ import annotations
@@ -73,10 +73,6 @@ class RunConfig(Section):
                 if isinstance(given, dict):
                     tree[section] = {**values, **given}
         return tree
-
-
-UNUSED: dict[str, str] = {}
-"""Keys that are part of the configuration but that nothing reads yet, and why."""
 
 
 def build_config(tree: dict[str, Any], where: str = "config") -> RunConfig:
@@ -154,22 +150,6 @@ def listed_units(subject: SubjectConfig) -> list[tuple[int, int]] | None:
         raise BadInput(f"subject.units: no such file: {subject.units}") from None
     except (ValueError, TypeError, UnicodeDecodeError):
         raise BadInput(f"subject.units: {subject.units} is not a JSON list of [layer, neuron]") from None
-
-
-def unused_keys(config: RunConfig) -> list[str]:
-    """One line for each setting that was given and that nothing reads in this version."""
-    lines = []
-    for key, why in UNUSED.items():
-        node: Any = config
-        *sections, last = key.split(".")
-        for name in sections:
-            node = getattr(node, name)
-        if last in node.model_fields_set:
-            given = getattr(node, last)
-            if isinstance(given, BaseModel) and not given.model_fields_set:
-                continue
-            lines.append(f"{key} is not used: {why}")
-    return lines
 
 
 def _explain(error: ValidationError) -> str:

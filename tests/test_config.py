@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raylabel.config import RunConfig, apply_overrides, build_config, load_config, unused_keys
+from raylabel.config import RunConfig, apply_overrides, build_config, load_config
 from raylabel.errors import BadInput
 
 CONTRACT = """
@@ -181,8 +181,6 @@ def test_the_original_methods_settings() -> None:
     assert (config.verify.synonyms, config.verify.normalised, config.verify.normaliser) == (5, 0.5, "max")
     assert config.optimize.method == "descent"
     assert config.describe.prompt == "mats"
-    # What it sets for stages that are not built yet is said, as if it had been written out.
-    assert {line.split()[0] for line in unused_keys(config)} == {"optimize"}
     other = build_config(MINIMAL)
     assert (other.identify.similarity, other.identify.fdr, other.verify.normaliser) == (None, 0.05, "p99")
 
@@ -195,16 +193,6 @@ def test_a_setting_given_beside_the_preset_wins() -> None:
     config = build_config({**MINIMAL, "preset": "original", "identify": {"similarity": 0.7}, "verify": {"synonyms": 2}})
     assert (config.identify.similarity, config.identify.fdr) == (0.7, None)
     assert (config.verify.synonyms, config.verify.normalised) == (2, 0.5)
-
-
-def test_keys_that_nothing_reads_yet_are_accepted_and_named() -> None:
-    tree = {
-        "subject": {"model": "a"}, "optimize": {"judge": "gpt2"}, "score": {"window": 16},
-        "describe": {"explainer": "x"}, "controls": {"decoys": 3, "nulls": 2},
-    }  # fmt: skip
-    named = {line.split(" is not used: ")[0] for line in unused_keys(build_config(tree))}
-    assert named == {"optimize", "score"}
-    assert unused_keys(build_config({**MINIMAL, "verify": {"synonyms": 2}, "controls": {"decoys": 4}})) == []
 
 
 def test_a_configuration_comes_back_from_its_plain_values() -> None:

@@ -132,7 +132,7 @@ def _row(row: Any, place: str) -> Iterator[Given | Unreadable]:
     sign = _number(folded.get("polarity", 1))
     if layer is None or neuron is None or sign not in (1, -1, 2, -2):
         name = "layer" if layer is None else "neuron" if neuron is None else "polarity"
-        yield Unreadable(place, f"`{name}` is not one")
+        yield Unreadable(place, f"`{name}` is no such number")
         return
     yield _given(layer, neuron, sign, values["label"], place)
 

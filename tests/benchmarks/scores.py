@@ -90,8 +90,8 @@ def tokens(settings: Settings) -> Iterator[Row]:
 
         asked = question(shown, "phrases", DescribeConfig().exemplars)  # type: ignore[arg-type]
         sizes.append(client.tokens + client.count(asked.messages, Label))
-    each = f"{statistics.median(counts):.0f} windows of {ScoreConfig().window} GPT-2 tokens a scorer"
-    how = f"{len(units)} units of WikiText-2, {each}"
+    windows = f"{statistics.median(counts):.0f} windows of {ScoreConfig().window} GPT-2 tokens a scorer"
+    how = f"{len(units)} units of WikiText-2, {windows}"
     yield Row(
         "LLM prompt tokens a unit: label, detection, fuzzing", f"delphi at its defaults, about {PEERS:,}",
         statistics.median(sizes), min(sizes), max(sizes), len(sizes), "tokens", how, goal=GOAL, at_most=True,

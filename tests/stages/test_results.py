@@ -194,3 +194,14 @@ def test_the_summary_sets_units_beside_decoys(finished: RunDir) -> None:
     assert (units.k, units.n, decoys.n) == (sum(r["flagged"] for r in rows), 24, 15)
     assert found["evidence concept"][0].k == sum(r["evidence"] == "concept" for r in rows)
     assert failure_rows(finished) == []
+
+
+def test_a_control_is_labelled_where_its_score_is_above_nothing_for_certain() -> None:
+    lows = [0.2, -0.1, None, 0.0]
+    rows = [
+        {"control": "decoy", "neuron": i, "polarity": 1, "score": 0.4, "score_low": low, "flagged": True, "verified": False}
+        for i, low in enumerate(lows)
+    ]  # fmt: skip
+    table = from_rows(rows, "results", controls=True).append_column("layer", pa.array([0] * len(lows), pa.int32()))
+    (row,) = calibration(table, {}).to_pylist()
+    assert (row["n"], row["labelled"], row["labelled_rate"]) == (4, 1, 0.25)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from raylabel.config import RunConfig, build_config
+from raylabel.errors import RunFailed
 from raylabel.llm.client import BudgetSpent
 from raylabel.stages.score import Labelled
 from raylabel.stages.score_llm import ask_all
@@ -166,6 +167,17 @@ def test_a_spent_budget_stops_and_what_was_paid_for_is_kept(tmp_path: Path) -> N
         assert 0 < paid < 12
         run, config = settings(server.url, tmp_path, ["detection"], budget_tokens=10**7)
         assert len(rows(run, config, items(12))[0]) == 12 and len(server.requests) == 12
+
+
+def test_an_account_without_credit_is_no_score(tmp_path: Path) -> None:
+    """On neuronpedia it once was one, of 20 %, and could not be computed again."""
+    from aiohttp import web
+
+    error = {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "insufficient_quota"}}
+    with served(lambda _: web.json_response(error, status=429)) as server:
+        run, config = settings(server.url, tmp_path, ["detection"], concurrency=1)
+        with pytest.raises(RunFailed):
+            rows(run, config, items(1))
 
 
 def test_packed_answers() -> None:
