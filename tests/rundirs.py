@@ -11,7 +11,8 @@ from raylabel.stages import PIPELINE
 from raylabel.store.lock import locked
 from raylabel.store.rundir import RunDir
 
-TABLES = ("samples", "exemplars", "statistics", "candidates", "variants", "verifications", "results", "calibration", "failures")
+TABLES = ("samples", "exemplars", "statistics", "candidates", "variants", "verifications", "concepts", "results", "calibration",
+          "failures")  # fmt: skip
 
 
 def config_file(config: RunConfig, path: Path) -> Path:

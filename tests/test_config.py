@@ -182,7 +182,7 @@ def test_the_original_methods_settings() -> None:
     assert config.optimize.method == "descent"
     assert config.describe.prompt == "mats"
     # What it sets for stages that are not built yet is said, as if it had been written out.
-    assert {line.split()[0] for line in unused_keys(config)} == {"optimize", "describe"}
+    assert {line.split()[0] for line in unused_keys(config)} == {"describe"}
     other = build_config(MINIMAL)
     assert (other.identify.similarity, other.identify.fdr, other.verify.normaliser) == (None, 0.05, "p99")
 
@@ -203,7 +203,7 @@ def test_keys_that_nothing_reads_yet_are_accepted_and_named() -> None:
         "describe": {"explainer": "x"}, "controls": {"decoys": 3, "nulls": 2},
     }  # fmt: skip
     named = {line.split(" is not used: ")[0] for line in unused_keys(build_config(tree))}
-    assert named == {"optimize", "describe", "score"}
+    assert named == {"describe", "score"}
     assert unused_keys(build_config({**MINIMAL, "verify": {"synonyms": 2}, "controls": {"decoys": 4}})) == []
 
 
