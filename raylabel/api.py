@@ -119,7 +119,7 @@ class Run:
 
 @dataclass(frozen=True)
 class UnitView:
-    """All rows about one unit: single rows as dicts ({} where a stage has none), the others as lists; `labelling` is the first label."""
+    """All rows about one unit: dicts ({} where a stage has none) or lists; `labelling` is the first label."""
 
     layer: int
     neuron: int

@@ -12,8 +12,8 @@ from raylabel.store.lock import locked
 from raylabel.store.rundir import RunDir
 
 TABLES = (
-    "samples", "exemplars", "statistics", "candidates", "variants", "verifications", "labels", "results", "calibration",
-    "failures",
+    "samples", "exemplars", "statistics", "candidates", "variants", "verifications", "concepts", "labels", "scores", "results",
+    "calibration", "failures",
 )  # fmt: skip
 
 
