@@ -152,6 +152,8 @@ METHODS: dict[str, Method] = {
 CONDITIONS = {
     "one category": (1, 0.0), "10 % wrong labels": (1, 0.1), "20 % wrong labels": (1, 0.2), "two categories": (2, 0.0)
 }  # fmt: skip
+COUNTS = {"hybrid": 200, "every word": 20}
+"""Units of a method, one category; 60 at most elsewhere."""
 GOALS = {"one category": 0.90, "10 % wrong labels": 0.80}
 
 
@@ -160,12 +162,11 @@ def concepts(told: Told) -> Iterator[Row]:
     torch.manual_seed(0)
     judge, taught = load_judge("demo", device=told.device), Taught()
     words = vocabulary(judge, taught)
-    counts = {"hybrid": 8 if told.quick else 200}
     true: Outcome | None = None
     speed: dict[str, float] = {}
     for condition, (kinds, noise) in CONDITIONS.items():
         for name, method in METHODS.items():
-            count = counts.get(name, 4 if told.quick else 20 if name == "every word" else 60)
+            count = 4 if told.quick else COUNTS.get(name, 60) if condition == "one category" else min(60, COUNTS.get(name, 60))
             if name != "hybrid" and condition == "20 % wrong labels":
                 continue
             planted = plant(taught, words, count, kinds, noise, seed=len(condition))
@@ -194,7 +195,9 @@ def vocabulary(judge: Judge, taught: Taught) -> Words:
     names = set(taught.names)
     whole = set(judge.words.texts)
     rest = [word for word in taught.words if word in whole and word not in names]
-    return judge.words.among({*names, *rng.sample(rest, max(0, VOCABULARY - len(names & whole)))})
+    kept = {*names, *rng.sample(rest, max(0, VOCABULARY - len(names & whole)))}
+    places = [i for i, text in enumerate(judge.words.texts) if text in kept]
+    return Words(judge.words.ids[places], [judge.words.texts[i] for i in places])
 
 
 def claimed(judge: Judge, taught: Taught, words: Words, true: Outcome, count: int) -> Iterator[Row]:
