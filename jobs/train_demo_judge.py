@@ -344,6 +344,7 @@ Half the questions are right, half of the wrong ones are near (but for the rows 
 ## Where it is out of its depth
 
 - Words and concepts that it was not taught: see the rows above. It tends to no, and a low score then says nothing.
+- Texts far longer than a few sentences: it says yes more readily (third row).
 - Which sense a word has in its text: it goes by the word. Text tells it next to nothing.
 - Concepts that are no names: sentences, descriptions, spelling, position, style.
 - Other prompts and languages.
