@@ -1,9 +1,10 @@
 """Whether the search finds the concept: planted units, the built-in judge, a vocabulary of hundreds of words.
 
-A planted unit is active on words of a name's categories (or of two names', a union) and silent on others; `noise` of its
-labels are turned over. Words and sentences are drawn apart for the examples that are searched on and for those that test
-the winner. A word counts as the planted one if it is right for the same words. No method is told anything but the examples.
-`claimed` is what the stage would say: Benjamini-Hochberg at 0.05 over AUROCs on the test examples, permuted units among them.
+A planted unit is active on words of a name's categories (or of two names', a union) and silent on others, half of these of
+neighbouring categories; `noise` of its labels are turned over. Words and sentences are drawn apart for the examples that are
+searched on and for those that test the winner. A word counts as the planted one if it is right for the same words. No method
+is told anything but the examples. `claimed` is what the stage would say: Benjamini-Hochberg at 0.05 over AUROCs on the test
+examples, permuted units among them.
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ def plant(taught: Taught, words: Words, count: int, kinds: int, noise: float, se
         names = tuple(rng.sample(able, kinds))
         own = [word for word in known if any(word.casefold() in taught.extension[name.casefold()] for name in names)]
         other = [word for word in known if not any(taught.is_right(word, name) for name in names)]
+        # Words of neighbouring categories tell the planted name from wider ones.
+        kin = {name for word in own for category in taught.of_word[word.casefold()] for name in category.names}
+        near = [word for word in other if any(kin.intersection(c.names) for c in taught.of_word[word.casefold()])] or other
         examples, labels = [], []
         for i in range(2 * EXAMPLES):
             label = i % 2 == 0
-            word = rng.choice(own if label else other)
+            word = rng.choice(own if label else near if i % 4 == 1 else other)
             examples.append(Example(rng.choice(SENTENCES).format(word), word))
             labels.append(label != (i < EXAMPLES and rng.random() < noise))
         if permuted:
