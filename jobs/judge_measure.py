@@ -114,7 +114,7 @@ def scores(judge: Judge, rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def fit_temperature(judge: Judge, lessons: Lessons, seed: int, texts: int = 300) -> float:
+def fit_temperature(judge: Judge, lessons: Lessons, seed: int, texts: int = 60) -> float:
     """The temperature that makes the log-odds likeliest on lessons drawn anew, soft ones left out."""
     rng = random.Random(seed)
     rows = [
@@ -129,7 +129,7 @@ def fit_temperature(judge: Judge, lessons: Lessons, seed: int, texts: int = 300)
     return float(grid[torch.stack([example_loss(odds / t, right).mean() for t in grid]).argmin()])
 
 
-def figures(judge: Judge, taught: Taught, documents: Sequence[str], seed: int = 1, count: int = 2000) -> dict[str, Any]:
+def figures(judge: Judge, taught: Taught, documents: Sequence[str], seed: int = 1, count: int = 1000) -> dict[str, Any]:
     """What the card says; `documents` are held out from the lessons."""
     rng = random.Random(seed)
     seen = [word for word in taught.words if not held_out(word)]

@@ -238,7 +238,7 @@ def rate_at(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP, max(0.0, (steps - step) / max(1, int(steps * DECAY))))
 
 
-def train(model: LlamaForCausalLM, trees: Trees, options: argparse.Namespace) -> dict[str, float]:
+def train(model: LlamaForCausalLM, trees: Trees, options: argparse.Namespace) -> dict[str, Any]:
     judge, rng = trees.judge, random.Random(options.seed)
     named = list(model.named_parameters())
     groups = [
@@ -281,7 +281,16 @@ def train(model: LlamaForCausalLM, trees: Trees, options: argparse.Namespace) ->
             torch.save(state, options.checkpoint.with_suffix(".tmp"))
             options.checkpoint.with_suffix(".tmp").replace(options.checkpoint)
     model.eval().requires_grad_(False)
-    return {"questions": questions, "seconds": seconds + time.monotonic() - begun}
+    return {"questions": questions, "seconds": seconds + time.monotonic() - begun, "steps": [options.steps]}
+
+
+def average(model: LlamaForCausalLM, files: list[Path]) -> dict[str, Any]:
+    """Gives the model the mean of checkpoints' weights, which does what a falling learning rate does."""
+    states = [torch.load(file, weights_only=True) for file in files]
+    means = {name: torch.stack([state["model"][name] for state in states]).mean(0) for name in states[0]["model"]}
+    model.load_state_dict(means)
+    model.eval().requires_grad_(False)
+    return {"questions": states[-1]["questions"], "seconds": states[-1]["seconds"], "steps": [s["done"] for s in states]}
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -291,6 +300,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.half().save_pretrained(out)
+    for file in out.iterdir():
+        file.chmod(0o644)
 
 
 CARD = """---
@@ -315,6 +326,7 @@ says and nothing else. It is no language model: it writes no text and knows no w
 | taught | {categories} categories, {words:,} words, {names} names (`raylabel.demo.taught`); every 20th word held out |
 | texts | sentences of templates, windows of the standard library of CPython {python} that end behind the word, mere words |
 | training | {questions:,} questions in {steps:,} steps, {minutes:.0f} minutes of wall clock on {threads} thread(s) |
+| weights of | {averaged} |
 | temperature | {temperature:.2f}, fitted on lessons drawn anew, folded into the last norm |
 
 What is right: a concept that is the word itself, a name of a category that the word is in, or a wider name (`mammal` and
@@ -332,11 +344,12 @@ Half the questions are right, half of the wrong ones are near (but for the rows 
 ## Where it is out of its depth
 
 - Words and concepts that it was not taught: see the rows above. It tends to no, and a low score then says nothing.
+- Texts far longer than a few sentences: it says yes more readily (third row).
 - Which sense a word has in its text: it goes by the word. Text tells it next to nothing.
 - Concepts that are no names: sentences, descriptions, spelling, position, style.
 - Other prompts and languages.
 
-To make it again: `python jobs/train_demo_judge.py --steps {steps} --seed {seed}` (threads and processor decide the last bits).
+To make one as good: `python jobs/train_demo_judge.py --seed {seed}`; threads and processor decide the last bits.
 The weights and words are MIT-licensed. The standard library's text, under the PSF licence, is not part of this folder.
 """
 
@@ -354,9 +367,10 @@ def card(judge: Judge, taught: Taught, held: list[str], made: dict[str, Any], op
     return CARD.format(
         parameters=judge.model.num_parameters(), layers=options.layers, width=options.width, megabytes=size / 1e6,
         vocabulary=len(judge.tokenizer), singles=len(judge.words.texts), categories=len(taught.categories),
-        words=len(taught.words), names=len(taught.names), python=platform.python_version(), steps=options.steps,
+        words=len(taught.words), names=len(taught.names), python=platform.python_version(), steps=made["steps"][-1],
         minutes=made["seconds"] / 60, questions=made["questions"], threads=options.threads, temperature=made["temperature"],
         table="\n".join(table), seed=options.seed,
+        averaged=f"the mean of steps {', '.join(map(str, made['steps']))}" if made["steps"][1:] else "the last step",
     )  # fmt: skip
 
 
@@ -366,6 +380,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "raylabel" / "demo" / "judge")
     parser.add_argument("--checkpoint", type=Path, default=None)
+    parser.add_argument("--average", type=Path, nargs="+", metavar="FILE", help="train no more: the mean of these checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--width", type=int, default=128)
@@ -381,7 +396,7 @@ def main() -> None:
     judge = Judge(model, tokenizer, name="demo")
     seed_embeddings(model, judge, taught, options.seed)
     lessons = Lessons(taught, texts["train"])
-    made = train(model, Trees(judge, lessons), options)
+    made = average(model, options.average) if options.average else train(model, Trees(judge, lessons), options)
     made["temperature"] = judge_measure.fit_temperature(judge, lessons, options.seed + 1)
     model.model.norm.weight.div_(made["temperature"])
     save(model, tokenizer, options.out)
