@@ -104,7 +104,7 @@ def test_machines_that_share_nothing_and_come_and_go_give_the_rows_of_one_proces
 
 def wait_for(node: Node, line: str) -> None:
     """Until a node has said something."""
-    until = time.monotonic() + 240
+    until = time.monotonic() + 900
     while line not in node.said.read_text():
         assert time.monotonic() < until and node.process.poll() is None, node.said.read_text()[-3000:]
         time.sleep(0.05)
