@@ -98,8 +98,7 @@ def write_delphi(folder: Path, acts: np.ndarray, ids: np.ndarray, first: int = 0
     at = np.ascontiguousarray(np.argwhere(np.abs(acts) > 1e-5))
     path = folder / f"{first}_{first + acts.shape[2] - 1}.safetensors"
     save_file({
-        "locations": np.ascontiguousarray(at.astype(np.uint16)), "tokens": ids.astype(np.int64),
-        "activations": acts[tuple(at.T)].astype(np.float16),
+        "locations": at.astype(np.uint16), "activations": acts[tuple(at.T)].astype(np.float16), "tokens": ids.astype(np.int64),
     }, path)  # fmt: skip
     return path
 
