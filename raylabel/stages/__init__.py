@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
@@ -73,14 +74,23 @@ def prepare(run: RunDir, config: RunConfig) -> None:
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """The configuration without controls where there is no corpus to scan them on, at the site of the recordings."""
+    """The configuration without controls where there is no corpus to scan them on, at the site of the recordings.
+
+    Without a model nothing is verified: what is asked of verified units is done for flagged ones.
+    """
     if config.exemplars.source == "corpus":
         return config
     if config.exemplars.source == "neuroscope" and "site" not in config.subject.model_fields_set:
         site = neuroscope.site_of(config) or config.subject.site
         config = config.model_copy(update={"subject": config.subject.model_copy(update={"site": site})})
     none = config.controls.model_copy(update={"decoys": 0, "nulls": 0, "planted": 0})
-    return config.model_copy(update={"controls": none})
+    sections: dict[str, Any] = {"controls": none}
+    if without_model(config):
+        for name in ("optimize", "describe", "score"):
+            section = getattr(config, name)
+            if section.units == "verified":
+                sections[name] = section.model_copy(update={"units": "flagged"})
+    return config.model_copy(update=sections)
 
 
 def refuse_early(run: RunDir, config: RunConfig) -> None:

@@ -55,7 +55,7 @@ def make_plan(seed: int = 0, n: int = 400) -> Plan:
     values: dict[str, Any] = {name: np.zeros(n) for name in ("rank", "sample", "document", "position", "recorded", "offset")}
     values |= {name: [""] * n for name in ("word", "substitute", "phrase")} | {"dropped": [None] * n}
     values |= {"control": [None if u < 20 else "decoy" for u in unit], "neuron": unit % 20, "text": text}
-    values |= {"kind": ["original"] * n, "keeps_token": [True] * n, "start": start, "end": end}
+    values |= {"kind": ["original"] * n, "keeps_token": [True] * n, "extra": [False] * n, "start": start, "end": end}
     values["polarity"] = np.where(unit % 3 == 0, -1, 1)
     columns = [pa.array(values[f.name]).cast(f.type) for f in ROWS]
     return {"rows": pa.table(columns, schema=ROWS), "texts": pa.table([pa.array(texts, pa.list_(pa.int32()))], schema=TEXTS)}

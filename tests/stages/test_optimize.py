@@ -347,7 +347,7 @@ def test_a_judge_that_cannot_serve_is_refused_in_a_line(tiny_model: Path, corpus
     with pytest.raises(BadInput, match=r"^optimize.judge: .*dull cannot serve: .* no better than chance"):
         open_judge(dull, {})
     for settings, why in (({"template": "|text| |concept|"}, r"template: it has no \|token\|"),
-                          ({"negative": 0.6}, "negative: 0.6 is not below")):  # fmt: skip
+                          ({"negative": 0.95}, "negative: 0.95 is not below")):  # fmt: skip
         with pytest.raises(BadInput, match=f"^optimize.{why}"):
             run_pipeline(config(tiny_model, corpus, tmp_path / "run", optimize=settings))
 
