@@ -95,7 +95,7 @@ class Settings:
     c_entropy_start: float | None = None
     """Weight of the entropy at a descent's first step, from which it goes evenly to c_entropy at the last; None: c_entropy."""
     c_kl: float = 0.1
-    flip: float = 0.1
+    flip: float = 0.25
     """Share of labels taken to be wrong: no example then costs more than -log of it, and a sure judge is not ruined by one."""
     temperature: float = 0.1
     """Of the weights of words, in nats."""

@@ -83,9 +83,9 @@ def unit_card(unit: UnitView) -> RenderableType:
     parts: list[RenderableType] = [head]
     if result:
         parts.append(Text(f"label: {clean(result['label'] or '·')}  ({result['label_source'] or result['status']})"))
-        if result["description"]:
+        if result.get("description"):
             parts.append(Text(clean(result["description"])))
-        parts += [_meanings(row) for row in unit.labels if len(row["meanings"] or []) > 1]
+        parts += [_meanings(row) for row in unit.labels if len(row.get("meanings") or []) > 1]
         facts = Table.grid(padding=(0, 2))
         facts.add_row("kind", result["kind"] or "·", "q", number(result["q_value"], ".4f"), "decoys at least as well",
                       number(result["decoy_rate"], ".1%"))  # fmt: skip

@@ -219,7 +219,7 @@ def test_no_server_key_or_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for settings, word in (
         ({"base_url": None}, "TEST_KEY is not set"), ({"model": None}, "describe.model"),
         ({"budget_usd": 1.0}, "usd_per_million_prompt"), ({"base_url": "ftp://x"}, "describe.base_url"),
-        ({"base_url": "http://me:secret@x/v1"}, "not in the URL"),
+        ({"base_url": "http://me:secret@x/v1"}, "describe.base_url: holds a user name or password"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=word):
             open_client(run, config(**{"url": "http://127.0.0.1:9/v1", **{k: v for k, v in settings.items() if k != "base_url"},

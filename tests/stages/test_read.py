@@ -78,7 +78,10 @@ def test_a_recording_gives_the_exemplars_of_the_scan_that_it_was_made_from(scann
         assert a["tokens"] != b["tokens"] or a["activations"][first:] == pytest.approx(b["activations"][first:], abs=1e-4)
     for name in ("max", "top_mean"):
         a, b = (run.table("statistics").column(name).to_pylist() for run in (scanned, read))
-        assert a == pytest.approx(b, rel=1e-5)
+        # A unit that is active in nothing recorded has no top.
+        assert all(x <= 0 for x, y in zip(a, b, strict=True) if y is None)
+        pairs = [(x, y) for x, y in zip(a, b, strict=True) if y is not None]
+        assert len(pairs) > 10 and [x for x, _ in pairs] == pytest.approx([y for _, y in pairs], rel=1e-5)
     assert set(read.table("samples").column("round_trips").to_pylist()) == {True}
 
 
@@ -90,7 +93,7 @@ def test_verify_reproduces_a_recording(scanned: RunDir, read: RunDir) -> None:
     assert read.table("results").num_rows == scanned.table("results").num_rows
     assert read.table("failures").num_rows == 0
     assert read.controls.table("results").num_rows == 0
-    assert [row["stage"] for row in stage_rows(read)] == ["read", "identify", "verify", "results"]
+    assert [row["stage"] for row in stage_rows(read)] == ["read", "identify", "verify", "optimize", "describe", "score", "results"]
     assert {row["state"] for row in stage_rows(read)} == {"done"}
 
 
@@ -135,7 +138,8 @@ def test_the_same_command_again_does_nothing_and_a_changed_file_everything(recor
     run_pipeline(config)
     said: list[str] = []
     run_pipeline(config, said.append)
-    assert [line for line in said if "already done" in line] == [f"{n}: already done" for n in ("read", "identify", "results")]
+    names = ("read", "identify", "optimize", "describe", "score", "results")
+    assert [line for line in said if "already done" in line] == [f"{name}: already done" for name in names]
     with path.open("a") as file:
         file.write(json.dumps({"layer": 7, "neuron": 3, "tokens": ["a", " b"], "activations": [0, 1]}) + "\n{\n")
     report = run_pipeline(config)
@@ -177,7 +181,7 @@ def test_units_that_the_model_has_not_and_recordings_of_another_model_are_refuse
 def test_check_says_what_would_be_read(recording: Path, tmp_path: Path) -> None:
     found = estimate(recorded_config("none", recording, tmp_path / "run", subject={"neurons": [0, 4], "layers": [1]}))
     assert found["bytes"] == recording.stat().st_size and found["files"] == 1 and found["requests"] == 0
-    assert found["units"] == 4 and found["stages"] == "read, identify, results"
+    assert found["units"] == 4 and found["stages"] == "read, identify, optimize, describe, score, results"
     assert not (tmp_path / "run").exists()
     with pytest.raises(BadInput, match="gives nothing to scan"):
         estimate(build_config({"subject": {"model": "none"}, "exemplars": {"corpus": {"path": str(recording)}}}))

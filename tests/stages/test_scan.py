@@ -41,7 +41,7 @@ def test_any_cut_into_leases_gives_the_same_rows(
     config = finished.config
     n = finished.table("samples").num_rows
     for leases in (1, 2, 7):
-        monkeypatch.setattr(scan.lease_size, "__defaults__", (leases,))
+        monkeypatch.setattr(scan, "LEASES", leases)
         out = tmp_path / str(leases)
         other = do_scan(Path(config["subject"]["model"]), Path(config["exemplars"]["corpus"]["path"]), out)
         plan = other.plan("scan")

@@ -116,7 +116,10 @@ def test_every_unit_has_its_tree_and_no_foreign_text_lies_in_the_files(finished:
 def test_a_run_without_labels_scores_or_controls_says_nothing_of_them(finished: RunDir, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(finished.files.root, root)
-    for name in ("controls", "variants", "exemplars", "calibration", "failures"):
+    run = RunDir(str(root))
+    for stage, table in (("optimize", "concepts"), ("describe", "labels"), ("score", "scores")):
+        run.forget_plan(stage, (table,))
+    for name in ("controls", "variants", "exemplars", "calibration", "failures", "concepts", "labels", "scores"):
         shutil.rmtree(root / name)
     folder = write_report(RunDir(str(root)), tmp_path / "report").parent
     page = (folder / "index.html").read_text(encoding="utf-8")
