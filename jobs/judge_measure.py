@@ -16,10 +16,10 @@ from judge_lessons import OTHERS, Lessons
 from torch import Tensor
 
 from raylabel.demo.taught import Category, Taught, categories, held_out
-from raylabel.models.concept import example_loss
 from raylabel.models.judge import Judge
 from raylabel.models.judge_check import auroc_bound
 from raylabel.models.judge_prompt import Example
+from raylabel.models.objective import example_loss
 from raylabel.words.segment import spans
 
 SENTENCES = """

@@ -195,7 +195,7 @@ class OptimizeConfig(Section):
     """Weight of the divergence from the judge's own next word in descents."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Of the words' weights, in nats: a word whose cross-entropy is so much larger weighs 1/e of the best."""
-    flip: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    flip: Annotated[float, Field(ge=0, lt=0.5)] = 0.25
     """Share of examples whose label is taken to be wrong: a sure judge is not ruined by one of them."""
     first: Positive = 4
     """Examples on which a candidate is looked at first; the best go on to twice as many, and so on."""

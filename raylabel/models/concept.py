@@ -1,16 +1,8 @@
 """Finds the word that a judge (`models.judge`) says yes to for a unit's active tokens and no to for its silent ones.
 
-The objective of a distribution p over words has three terms, in nats: CE, the judge's cross-entropy on a unit's examples,
-the classes weighing alike; H(p), its entropy; and KL(p ‖ q), q being the judge's own distribution of the word at the slot
-(the mean over examples of log q). The last two are less independent than they look:
-
-    c_kl KL(p ‖ q) + c_entropy H(p) = (c_entropy - c_kl) H(p) - c_kl E_p[log q]
-
-With equal coefficients p's own spread has no price, and with c_kl above c_entropy spread is paid for.
-
 `search` is the method `hybrid`: cheap proposals, decided by discrete evaluation. Its cost is counted in evaluations, one
 being a forward pass of one candidate over all of a unit's examples; over some of them it is that fraction, passes for
-gradients included (their way back is not counted). `models.descent` has the descents.
+gradients included (their way back is not counted). `models.objective` has what is minimised, `models.descent` the descents.
 """
 
 from __future__ import annotations
@@ -22,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from raylabel.models.judge import Words
+from raylabel.models.objective import class_weights, example_loss, regularisers
 
 PROPOSERS = ("given", "prior", "descent", "gradient", "others")
 FEWEST_STEPS = 20
@@ -74,17 +66,6 @@ class Given(NamedTuple):
     """Where it comes from: `mat`, `neighbour`, `promoted`, …"""
 
 
-class Terms(NamedTuple):
-    """The terms of the objective, each of any one shape."""
-
-    cross_entropy: Tensor
-    entropy: Tensor
-    kl: Tensor
-
-    def total(self, c_entropy: float, c_kl: float) -> Tensor:
-        return self.cross_entropy + c_entropy * self.entropy + c_kl * self.kl
-
-
 @dataclass(frozen=True)
 class Settings:
     """How to search."""
@@ -105,6 +86,9 @@ class Settings:
     """Examples on which a candidate is looked at first."""
     screening: float = 0.65
     """Share of the evaluations spent on first looks, gradients and descent; the rest decides among the best."""
+    hint: float = 0.5
+    """Nats on all of a word's looks together that a standard deviation of the prior's contrast counts for among words not yet
+    looked at in full: a few wrong labels among few looks then do not lose a word that the judge would put there itself."""
     proposals: int = 32
     """Words that the prior and each gradient may propose."""
     gradient_examples: int = 16
@@ -145,31 +129,6 @@ class Concept:
         return self.words[0]
 
 
-def example_loss(odds: Tensor, labels: Tensor, flip: float = 0.0) -> Tensor:
-    """[...] of log-odds and truths: -log P(label), where a label is wrong with probability `flip`; 0 is cross-entropy."""
-    signed = torch.where(labels, odds, -odds)
-    if not flip:
-        return softplus(-signed)
-    return -(flip + (1 - 2 * flip) * signed.sigmoid()).log()
-
-
-def class_weights(labels: Tensor) -> Tensor:
-    """[examples] float32 that sum to 1, half for each label; all alike where only one occurs."""
-    positive = labels.sum()
-    negative = len(labels) - positive
-    if positive == 0 or negative == 0:
-        return torch.full(labels.shape, 1 / len(labels), device=labels.device)
-    return torch.where(labels, 0.5 / positive, 0.5 / negative)
-
-
-def regularisers(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """(H(p), KL(p ‖ q)) over the last dimension, of log-probabilities. q may be a part of a larger distribution."""
-    p = log_p.exp()
-    # A probability that underflows adds nothing, whatever its logarithm.
-    own = torch.where(p > 0, p * log_p, 0.0).sum(-1)
-    return -own, own - torch.where(p > 0, p * log_q, 0.0).sum(-1)
-
-
 def losses_of(judge: Answers, cached: Any, unit: Unit, words: Sequence[Sequence[int]], flip: float = 0.0) -> Tensor:
     """[words]: cross-entropy of each word, as token ids, on all of a unit's examples. Brute force, given all words."""
     rows = unit.rows.repeat(len(words))
@@ -192,7 +151,8 @@ def search(
     Words come from what is given, the judge's prior (at the active examples, and there against the silent ones), Gumbel
     descent, gradients at the best words so far, and the rest of the vocabulary in random order while first looks can be
     paid for. Where that is all of it, descent and gradients are left out: they only point to words. All are looked at on
-    the same few examples; the best go on to twice as many, and so on to all of them. Only these finalists are reported.
+    the same few examples; the best go on to twice as many, and so on to all of them, the judge's prior being one more witness
+    (see `Settings.hint`). Only these finalists are reported, by their cross-entropy alone.
     Given words may have several tokens; all others are whole words of one.
 
     Args:
@@ -273,6 +233,8 @@ class _Race:
         self.odds: dict[str, list[float]] = {}
         self.weights: dict[int, list[float]] = {}
         """Of the first so many examples."""
+        self.hints: Tensor | None = None
+        """[vocabulary] nats, see `Settings.hint`."""
         self.explored: set[str] = set()
         self.single = dict(zip(words.texts, words.ids.tolist(), strict=True))
 
@@ -290,10 +252,11 @@ class _Race:
     def by_prior(self, prior: Tensor) -> list[str]:
         """Words that the judge itself would put in the slot at the active examples, and rather there than elsewhere."""
         rows, labels = self.rows.to(prior.device), self.labels.to(prior.device)
-        here = prior[rows[labels]].mean(0)[self.words.ids]
-        there = prior[rows[~labels]].mean(0)[self.words.ids]
+        here, contrast = prior[rows[labels]].mean(0), prior[rows[labels]].mean(0) - prior[rows[~labels]].mean(0)
+        own = contrast[self.words.ids]
+        self.hints = (self.settings.hint * (contrast - own.mean()) / own.std(correction=0).clamp(min=1e-3)).cpu()
         k = min(self.settings.proposals, len(self.words.texts))
-        best = torch.stack(((here - there).topk(k).indices, here.topk(k).indices), 1).flatten().tolist()
+        best = torch.stack((own.topk(k).indices, here[self.words.ids].topk(k).indices), 1).flatten().tolist()
         return [self.words.texts[i] for i in dict.fromkeys(best)]
 
     def score(self, word: str) -> float:
@@ -305,7 +268,13 @@ class _Race:
 
     def ranked(self) -> list[str]:
         """Candidates looked at, best first; those looked at longer go before all others."""
-        return sorted(self.losses, key=lambda word: (-len(self.losses[word]), self.score(word)))
+        words = list(self.losses)
+        hints = [0.0] * len(words) if self.hints is None else self.hints[[self.ids[word][0] for word in words]].tolist()
+        keys = {}
+        for word, hint in zip(words, hints, strict=True):
+            seen = len(self.losses[word])
+            keys[word] = -seen, self.score(word) - (hint / seen if seen < self.n else 0.0)
+        return sorted(words, key=keys.__getitem__)
 
     def bases(self, number: int) -> list[int | None]:
         """Words whose gradients to take: None, the mean of all words, in the first round, beside the best unexplored."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylabel.models.concept import Answers, Concept, Read, Settings, Terms, Unit, class_weights, example_loss, regularisers
+from raylabel.models.concept import Answers, Concept, Read, Settings, Unit
 from raylabel.models.judge import Words
+from raylabel.models.objective import Terms, class_weights, example_loss, regularisers
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ BENCHMARKS = {
     "report": "report_pages:report_pages",
     "driver": "simulate:driver",
 }
-ONE_THREAD = ("ray",)
+ONE_THREAD = ("ray", "concepts")
 """Those whose process has one thread, as a worker on Ray has."""
 README = ROOT / "README.md"
 

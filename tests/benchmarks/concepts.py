@@ -170,7 +170,7 @@ def concepts(told: Told) -> Iterator[Row]:
     speed: dict[str, float] = {}
     for condition, (kinds, noise) in CONDITIONS.items():
         for name, method in METHODS.items():
-            count = 4 if told.quick else COUNTS.get(name, 60) if condition == "one category" else min(60, COUNTS.get(name, 60))
+            count = 2 if told.quick else COUNTS.get(name, 60) if condition == "one category" else min(60, COUNTS.get(name, 60))
             if name != "hybrid" and condition == "20 % wrong labels":
                 continue
             planted = plant(taught, words, count, kinds, noise, seed=len(condition))
@@ -186,7 +186,7 @@ def concepts(told: Told) -> Iterator[Row]:
                 what = f"planted concept in the first five, {condition}: {name}"
                 yield share(what, f"{count} planted units", outcome.five, how, goal)
     assert true is not None
-    yield from claimed(judge, taught, words, true, 8 if told.quick else 100)
+    yield from claimed(judge, taught, words, true, 4 if told.quick else 100)
     ratio = speed["hybrid"] / speed["the published descent"]
     how = f"CPU time, {told.threads} threads; {speed['hybrid']:.0f} against {speed['the published descent']:.0f} units a minute"
     yield Row("units a minute: hybrid", "the published descent, cached and batched alike", ratio, ratio, ratio, 1, "×", how)

@@ -14,21 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raylabel.models.concept import (
-    Concept,
-    Given,
-    Settings,
-    Terms,
-    Unit,
-    class_weights,
-    example_loss,
-    losses_of,
-    regularisers,
-    search,
-)
+from raylabel.models.concept import Concept, Given, Settings, Unit, losses_of, search
 from raylabel.models.descent import Recipe, descend, gradients, gumbel
 from raylabel.models.judge import Cached, Judge, Words
 from raylabel.models.judge_prompt import Example
+from raylabel.models.objective import Terms, class_weights, example_loss, regularisers
 
 TEMPLATE = "text |text| word |token| concept |concept| ? Answer :"
 NAMES = [f"name{i}" for i in range(8)]
@@ -257,6 +247,24 @@ def test_every_word_is_looked_at_where_that_can_be_paid_for() -> None:
         # 60 first looks at 4 of 16 examples are 15 evaluations.
         (found,) = search(judge, judge, [unit], settings=Settings(evaluations=30, screening=0.5))
         assert found.best == f"w{best}" and found.proposer in ("prior", "others")
+
+
+def test_the_prior_is_a_witness_where_labels_are_wrong_and_no_judge() -> None:
+    found: dict[float, list[bool]] = {0.0: [], 0.5: []}
+    for seed in range(20):
+        judge, unit = table(examples=32, vocabulary=220, best=20 + 7 * seed)
+        wrong = torch.randperm(32, generator=torch.Generator().manual_seed(seed))[:6]
+        labels = unit.labels.clone()
+        labels[wrong] = ~labels[wrong]
+        # The judge would put the right word where the unit is truly active; and another one, yet more readily.
+        judge.prior[:, 20 + 7 * seed] += 2.0 * unit.labels
+        judge.prior[:, 25] += 3.0 * unit.labels
+        for hint, hits in found.items():
+            settings = Settings(evaluations=40, screening=0.65, hint=hint)
+            (concept,) = search(judge, judge, [Unit(unit.rows, labels, seed)], settings=settings)
+            hits.append(concept.best == f"w{20 + 7 * seed}")
+            assert concept.losses == sorted(concept.losses) and concept.best != "w25"
+    assert sum(found[0.5]) > sum(found[0.0]) and sum(found[0.5]) >= 19, found
 
 
 def test_a_vocabulary_bounds_the_search() -> None:
