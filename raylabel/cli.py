@@ -57,6 +57,9 @@ def run_command(arguments: list[str]) -> int:
     except OSError as error:
         return _complain(f"cannot be read or written: {error}", 1)
     except Exception as error:
+        if isinstance(error.__cause__, _Terminated | KeyboardInterrupt):
+            # A signal that arrives inside Ray's compiled code comes out as a SystemError.
+            return _complain(STOPPED, 143 if isinstance(error.__cause__, _Terminated) else INTERRUPTED)
         # Typer's own usage errors carry an exit code and a one-line message.
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):
             return _complain(error.format_message(), 2)

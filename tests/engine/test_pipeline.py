@@ -44,7 +44,7 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
 
 def started(run: RunDir) -> dict[str, dict[str, float]]:
     """stage -> unit -> when it was started."""
-    names = ("tokenize", "scan", "identify", "verify", "describe", "results")
+    names = ("tokenize", "scan", "identify", "verify", "optimize", "describe", "score", "results")
     return {name: {i: e["started"] for i, e in run.manifest(name).items()} for name in names}
 
 
@@ -74,16 +74,18 @@ def test_what_a_killed_process_was_writing_is_swept_away(copied: RunDir, config:
 @pytest.mark.parametrize(
     ("values", "redone"),
     [
-        ({"verify__synonyms": 3}, ["verify", "describe", "results"]),
-        ({"verify__max_variants": 40}, ["verify", "describe", "results"]),
-        ({"identify__fdr": 0.4}, ["identify", "verify", "describe", "results"]),
-        ({"exemplars__top": 5}, ["scan", "identify", "verify", "describe", "results"]),
-        ({"subject__batch": 2}, ["scan", "identify", "verify", "describe", "results"]),
-        ({"run__seed": 1}, ["scan", "identify", "verify", "describe", "results"]),
-        ({"subject__bos": "never"}, ["tokenize", "scan", "identify", "verify", "describe", "results"]),
-        ({"describe__exemplars": 3}, ["describe", "results"]),
+        ({"verify__synonyms": 3}, ["verify", "optimize", "describe", "score", "results"]),
+        ({"verify__max_variants": 40}, ["verify", "optimize", "describe", "score", "results"]),
+        ({"identify__fdr": 0.4}, ["identify", "verify", "optimize", "describe", "score", "results"]),
+        ({"exemplars__top": 5}, ["scan", "identify", "verify", "optimize", "describe", "score", "results"]),
+        ({"subject__batch": 2}, ["scan", "identify", "verify", "optimize", "describe", "score", "results"]),
+        ({"run__seed": 1}, ["scan", "identify", "verify", "optimize", "describe", "score", "results"]),
+        ({"subject__bos": "never"}, ["tokenize", "scan", "identify", "verify", "optimize", "describe", "score", "results"]),
+        ({"describe__exemplars": 3}, ["describe", "score", "results"]),
         ({"describe__budget_usd": 3, "describe__timeout": 5}, []),
-        ({"score__window": 16, "run__workers": 2, "run__max_failures": 0.5}, []),
+        ({"optimize__evaluations": 3}, ["optimize", "describe", "score", "results"]),
+        ({"score__window": 16}, ["score", "results"]),
+        ({"run__workers": 2, "run__max_failures": 0.5}, []),
     ],
     ids=str,
 )
@@ -153,7 +155,7 @@ def test_a_file_cut_short_is_made_again(copied: RunDir, config: RunConfig, finis
 
 
 def test_stages_run_one_at_a_time_give_the_same_tables(finished: RunDir, config: RunConfig) -> None:
-    for names in (["tokenize", "scan"], ["identify"], ["verify", "describe", "results"]):
+    for names in (["tokenize", "scan"], ["identify"], ["verify", "optimize", "describe", "score", "results"]):
         run_pipeline(changed(config, run__stages=names))
     assert differing(finished, RunDir(config.run.out)) == []
 
@@ -165,7 +167,7 @@ def test_a_stage_whose_inputs_are_missing_or_of_other_settings_is_refused(copied
     with pytest.raises(BadInput, match="verify needs identify, which was done with other settings"):
         run_pipeline(changed(config, identify__fdr=0.4, run__stages=["verify"]))
     with pytest.raises(BadInput, match="identify needs scan, which was done with other settings"):
-        run_pipeline(changed(config, exemplars__top=5, run__stages=["identify", "verify", "describe", "results"]))
+        run_pipeline(changed(config, exemplars__top=5, run__stages=["identify", "verify", "optimize", "describe", "score", "results"]))
     with pytest.raises(BadInput, match=r"no stage 'scann'"):
         run_pipeline(changed(config, run__stages=["scann"]))
 

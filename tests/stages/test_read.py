@@ -93,7 +93,8 @@ def test_verify_reproduces_a_recording(scanned: RunDir, read: RunDir) -> None:
     assert read.table("results").num_rows == scanned.table("results").num_rows
     assert read.table("failures").num_rows == 0
     assert read.controls.table("results").num_rows == 0
-    assert [row["stage"] for row in stage_rows(read)] == ["read", "identify", "verify", "optimize", "describe", "score", "results"]
+    names = ["read", "identify", "verify", "optimize", "describe", "score", "results"]
+    assert [row["stage"] for row in stage_rows(read)] == names
     assert {row["state"] for row in stage_rows(read)} == {"done"}
 
 
