@@ -27,7 +27,7 @@ def config(out: Path, model: Path, **sections: dict[str, Any]) -> Any:
         "exemplars": {"corpus": {"path": str(STORIES)}, "quantile": 2, "random": 5},
         "verify": {"max_variants": 40, "synonyms": 3},
         "controls": {"decoys": 64},
-        "run": {"out": str(out), "address": "inline"},
+        "run": {"out": str(out), "address": "inline", "stages": ["tokenize", "scan", "identify", "verify", "results"]},
     }
     for name, values in sections.items():
         tree[name] |= values
