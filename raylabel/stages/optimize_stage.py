@@ -28,6 +28,7 @@ from raylabel.stages.intervals import draw_seed
 from raylabel.stages.optimize import Examples, Row
 from raylabel.stages.subject import model_fingerprint, open_subject
 from raylabel.stages.units import wanted_units
+from raylabel.stages.verify_stage import open_substitutes
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output, Shard
@@ -135,7 +136,7 @@ class SearchWorker:
 
     @cached_property
     def substitutes(self) -> Substitutes:
-        return Substitutes(open_background(self.run, self.config), self.config.run.seed)
+        return open_substitutes(self.run, self.config)
 
     def words(self, judge: Any) -> Any:
         """The single-token words that may win: whole ones, as far as the run's own vocabulary can tell."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,14 +12,13 @@ from torch import Tensor
 
 from raylabel.config import RunConfig
 from raylabel.models.controls import Decoys
-from raylabel.stages.arrays import read_arrays
 from raylabel.stages.base import Key, neuron_ranges
-from raylabel.stages.pilot import finite, load_decoys
-from raylabel.stages.planting import from_json, text_units
+from raylabel.stages.fixed import Fixed
+from raylabel.stages.pilot import finite
 from raylabel.stages.samples import Samples
 from raylabel.stages.state import Batch, Sizes, UnitState
-from raylabel.stages.subject import open_subject, open_tokenizer
-from raylabel.stages.textual import NULL, PLANTED, Plant, Read, Reader, TextUnits, pieces
+from raylabel.stages.subject import open_subject
+from raylabel.stages.textual import NULL, PLANTED, Read, TextUnits
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
 
@@ -123,39 +120,19 @@ class Scanner:
         self.regimes = max(abs(p) for p in found)
         self.layers = list(self.units)
         self.seed = self.config.run.seed
+        self.fixed = Fixed(self.run, self.seed)
 
     @property
     def subject(self) -> Any:
         """The loaded subject."""
         return open_subject(self.config, self.facts)
 
-    @cached_property
-    def pilot(self) -> dict[str, np.ndarray]:
-        """The arrays of `pilot.npz`."""
-        return read_arrays(self.run.files.read("pilot.npz"))
-
-    @cached_property
-    def plants(self) -> dict[int, list[Plant]]:
-        """The text controls of every layer."""
-        return from_json(json.loads(self.run.files.read("planted.json")))
-
-    @cached_property
-    def reader(self) -> Reader:
-        """Reads token ids as words."""
-        return Reader(pieces(open_tokenizer(self.run), self.facts["special_ids"]))
-
-    def texts(self, layer: int) -> TextUnits | None:
-        """The text controls of a layer, None where there are none."""
-        if not self.text_controls:
-            return None
-        return text_units(self.plants[layer], self.pilot, self.seed, layer)
-
     def given(self, ids: Tensor, lengths: Tensor, mask: Tensor) -> Given:
         """What text controls see of a batch."""
         if not self.text_controls:
             return Given(np.zeros((0, 0), np.int64), np.zeros(0, np.int64), [], mask)
         rows, sizes = ids.cpu().numpy(), lengths.cpu().numpy()
-        reads = [self.reader(row[:n].tolist()) for row, n in zip(rows, sizes.tolist(), strict=True)]
+        reads = [self.fixed.reader(row[:n].tolist()) for row, n in zip(rows, sizes.tolist(), strict=True)]
         return Given(rows, sizes, reads, mask)
 
     def open(self) -> None:
@@ -165,14 +142,14 @@ class Scanner:
 
     def setup(self, layer: int, device: Any) -> LayerSetup:
         """The fixed part of a layer."""
-        decoys = load_decoys(self.pilot, layer, self.facts["site_width"], self.seed, device)
+        decoys = self.fixed.decoys(layer, device)
         neurons = torch.tensor(self.units[layer])
         columns = torch.cat([neurons + i * self.facts["width"] for i in range(self.regimes)])
-        shift = torch.from_numpy(self.pilot[f"mean.{layer}"])[columns].to(device)
+        shift = torch.from_numpy(self.fixed.pilot[f"mean.{layer}"])[columns].to(device)
         whole = len(columns) == self.facts["columns"]
         return LayerSetup(
             None if whole else columns.to(device), shift, torch.zeros(0) if decoys is None else decoys.offset,
-            float(self.pilot[f"sink.{layer}"]), decoys, self.texts(layer),
+            self.fixed.sink(layer), decoys, self.fixed.texts(layer) if self.text_controls else None,
         )  # fmt: skip
 
     @property

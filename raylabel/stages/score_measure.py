@@ -8,7 +8,6 @@ silent.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,17 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylabel.config import RunConfig
-from raylabel.stages import measure
-from raylabel.stages.arrays import read_arrays
+from raylabel.stages.fixed import Fixed, measure_all
 from raylabel.stages.hashing import hashed
-from raylabel.stages.pilot import load_decoys
-from raylabel.stages.planting import from_json, text_units
 from raylabel.stages.samples import Samples, load_samples
 from raylabel.stages.score import LEAST_TOKENS, SILENT, Unit, Window, number
 from raylabel.stages.subject import open_subject, open_tokenizer
-from raylabel.stages.textmeasure import measure_texts
-from raylabel.stages.textual import TEXT_CONTROLS, Reader, pieces
-from raylabel.stages.verify import TEXTS, part
+from raylabel.stages.verify import TEXTS
 from raylabel.store.rundir import RunDir
 from raylabel.words.substitutes import Substitutes
 
@@ -68,7 +62,7 @@ class Negatives:
         self.size, self.many, self.seed = config.score.window, config.score.negatives, config.run.seed
         self.substitutes = Substitutes(background, self.seed)
         self.tokenizer = open_tokenizer(run)
-        self.pilot = read_arrays(run.files.read("pilot.npz"))
+        self.fixed = Fixed(run, self.seed)
 
     @cached_property
     def subject(self) -> Any:
@@ -184,21 +178,9 @@ class Negatives:
         """Activations by unit and number of the request; masked ones are missing."""
         of = [self.samples.ids[self.samples.offsets[r] : self.samples.offsets[r + 1]].tolist() for r in texts]
         plan = {"rows": rows, "texts": pa.table({"ids": of}, schema=TEXTS)}
-        by_text = pc.fill_null(pc.is_in(rows["control"], pa.array(TEXT_CONTROLS)), False)
-        found = []
-        if not pc.all(by_text).as_py():
-            on, decoys = self.subject.layer_device(layer), None
-            if pc.any(pc.equal(rows["control"], "decoy")).as_py():
-                decoys = load_decoys(self.pilot, layer, self.facts["site_width"], self.seed, on)
-            theirs = part(plan, pc.invert(by_text))
-            found.append(measure.measure(self.subject, layer, theirs, decoys, sink=float(self.pilot[f"sink.{layer}"]))[0])
-        if pc.any(by_text).as_py():
-            plants = from_json(json.loads(self.run.files.read("planted.json")))[layer]
-            units = text_units(plants, self.pilot, self.seed, layer)
-            special = self.facts["special_ids"]
-            found.append(measure_texts(units, Reader(pieces(self.tokenizer, special)), special, part(plan, by_text)))
+        table = measure_all(self.fixed, self.subject, layer, plan)[0]
+        table = table.select(["control", "neuron", "polarity", "place", "activation"])
         return {
             ((row["control"], row["neuron"], row["polarity"]), row["place"]): row["activation"]
-            for table in found for row in table.select(["control", "neuron", "polarity", "place", "activation"]).to_pylist()
-            if row["activation"] is not None
+            for row in table.to_pylist() if row["activation"] is not None
         }  # fmt: skip

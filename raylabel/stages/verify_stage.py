@@ -5,9 +5,7 @@ Only flagged units are verified, and the controls that are flagged under the sam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -15,14 +13,11 @@ import pyarrow.compute as pc
 
 from raylabel.config import RunConfig
 from raylabel.stages import causal, measure, verify
-from raylabel.stages.arrays import read_arrays, read_table, table_bytes
+from raylabel.stages.arrays import read_table, table_bytes
 from raylabel.stages.base import Chain, Stage, Step, blame_neurons, halve_neurons, with_controls
+from raylabel.stages.fixed import Fixed, measure_all
 from raylabel.stages.identify_stage import open_background
-from raylabel.stages.pilot import load_decoys
-from raylabel.stages.planting import from_json, text_units
 from raylabel.stages.subject import open_subject, open_tokenizer
-from raylabel.stages.textmeasure import measure_texts
-from raylabel.stages.textual import TEXT_CONTROLS, Plant, Reader, TextUnits, pieces
 from raylabel.stages.units import wanted_units
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
@@ -70,8 +65,9 @@ class Link:
 
 
 def open_substitutes(run: RunDir, config: RunConfig) -> Substitutes:
-    """Where the words come from that stand for others in this run."""
-    contexts = Contexts.from_bytes(run.files.read(CONTEXTS)) if config.verify.nearness == "both" else None
+    """Where the words come from that stand for others in this run; a run without a model has word vectors alone."""
+    known = config.verify.nearness == "both" and run.files.exists(CONTEXTS)
+    contexts = Contexts.from_bytes(run.files.read(CONTEXTS)) if known else None
     return Substitutes(open_background(run, config), config.run.seed, contexts)
 
 
@@ -118,34 +114,11 @@ class RemeasureLink(Link):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.subject = open_subject(self.config, self.facts)
-        self.pilot = read_arrays(self.run.files.read("pilot.npz"))
-
-    @cached_property
-    def reader(self) -> Reader:
-        """Reads token ids as words."""
-        return Reader(pieces(open_tokenizer(self.run), self.facts["special_ids"]))
-
-    @cached_property
-    def plants(self) -> dict[int, list[Plant]]:
-        """What the text controls of every layer fire on."""
-        return from_json(json.loads(self.run.files.read("planted.json")))
-
-    def texts(self, layer: int) -> TextUnits:
-        """The text controls of a layer."""
-        return text_units(self.plants[layer], self.pilot, self.config.run.seed, layer)
+        self.fixed = Fixed(self.run, self.config.run.seed)
 
     def __call__(self, unit: Unit, plan: dict[str, pa.Table]) -> dict[str, pa.Table]:
         layer, subject = unit.key["layer"], self.subject
-        decoys = None
-        if unit.key["controls"]:
-            on = subject.layer_device(layer)
-            decoys = load_decoys(self.pilot, layer, self.facts["site_width"], self.config.run.seed, on)
-        sink = float(self.pilot[f"sink.{layer}"])
-        by_text = pc.is_in(plan["rows"]["control"], pa.array(TEXT_CONTROLS))
-        rows, failures = measure.measure(subject, layer, verify.part(plan, pc.invert(by_text)), decoys, sink=sink)
-        if pc.any(by_text).as_py():
-            special, of_texts = self.facts["special_ids"], verify.part(plan, by_text)
-            rows = pa.concat_tables([rows, measure_texts(self.texts(layer), self.reader, special, of_texts)])
+        rows, failures = measure_all(self.fixed, subject, layer, plan)
         notes = []
         for key in measure.unreproduced(rows, self.coarse):
             numbers = rows.filter(pc.equal(rows["kind"], "original")).column("sample")

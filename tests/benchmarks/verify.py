@@ -101,7 +101,7 @@ def _prepared(settings: Settings, name: str, context: int) -> tuple[RemeasureLin
         f"layer {layer}, {neurons} units, {plan['rows'].num_rows:,} variants, {len(length):,} texts of "
         f"{length.mean():.0f} tokens on average up to the end of their window, {length.max()} at most"
     )
-    return link, plan, layer, float(link.pilot[f"sink.{layer}"]), sizes
+    return link, plan, layer, link.fixed.sink(layer), sizes
 
 
 def _plan(run: RunDir, wanted: RunConfig, layer: int) -> Plan:

@@ -262,12 +262,12 @@ def test_the_scan_of_text_controls_equals_brute_force(
     special = set(run.resolved["special_ids"])
     samples = sorted(run.table("samples").to_pylist(), key=lambda row: row["sample"])
     for layer in (0, 2):
-        texts = scanner.texts(layer)
+        texts = scanner.fixed.texts(layer)
         assert texts is not None
         series = []
         for row in samples:
             ids = row["token_ids"]
-            values = texts.batch(np.array([ids]), np.array([len(ids)]), [scanner.reader(ids)])[0]
+            values = texts.batch(np.array([ids]), np.array([len(ids)]), [scanner.fixed.reader(ids)])[0]
             keep = [t for t in range(len(ids)) if ids[t] not in special]
             series.append(values[keep])
         whole = np.concatenate(series)
