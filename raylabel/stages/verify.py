@@ -42,8 +42,8 @@ RANDOM_POOL = 4
 same few for all exemplars, what is special about them would look like a property of the unit."""
 WIDER = 2
 """The MAT word gets so many times `verify.synonyms` of either kind, since few neighbours are of a unit's list. Those beyond
-are `extra`: they count for specificity alone, or the MAT word would outweigh the context in every mean, and are not among
-the rows of `variants`."""
+are `extra`: they count for specificity alone, or the MAT word would outweigh the context in every mean, and are neither
+among the rows of `variants` nor in `verify.max_variants`, of which they are half at most."""
 ORIGINAL, NEIGHBOUR, RANDOM = KINDS = ("original", "neighbour", "random")
 
 ROWS = pa.schema([
@@ -203,8 +203,8 @@ def _choose(
     texts: list[Sample], row: np.ndarray, numbers: np.ndarray, places: list[_Place], source: Neighbourhood,
     config: VerifyConfig, unit: np.ndarray, rank: np.ndarray, seed: int,
 ) -> _Choice:  # fmt: skip
-    """Variants of all words, cut to the unit's number: MAT words first, then context words and the extra ones of MAT words
-    by turns, a pair for each word after the other."""
+    """Variants of all words, cut to the unit's number: MAT words first, then context words, a pair for each in turn. Of the
+    extra ones there are half as many at most."""
     few, k = config.synonyms, config.synonyms * WIDER
     flat = [(e, *word) for e, place in enumerate(places) for word in place.words]
     exemplar, offset, start, end = np.array(flat, dtype=np.int64).reshape(-1, 4).T
@@ -227,10 +227,9 @@ def _choose(
     at, turns, kinds = np.nonzero(chosen >= 0)
 
     spread = hashed(seed, rank[exemplar], offset)[at]
-    share = np.where(offset[at] != 0, 1, np.where(turns >= few, 2, 0))
-    owner = unit[exemplar[at]]
-    place = _places_in_line((kinds, spread, turns), owner * 3 + share)
-    kept = np.nonzero(_places_in_line((share, place, share > 0), owner) < config.max_variants)[0]
+    extra = turns >= few
+    place = _places_in_line((kinds, spread, turns, offset[at] != 0), unit[exemplar[at]] * 2 + extra)
+    kept = np.nonzero(place < np.where(extra, config.max_variants // 2, config.max_variants))[0]
     at, turns, kinds = at[kept], turns[kept], kinds[kept]
     return _Choice(
         exemplar[at], offset[at], start[at], end[at], word[at], chosen[at, turns, kinds], kinds + 1, turns >= few, words,

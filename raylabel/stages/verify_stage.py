@@ -204,6 +204,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 VERIFY = Stage(
-    name="verify", version=5, needs=("identify", "scan", "tokenize"), tables=("variants", "verifications"), steps=_steps,
+    name="verify", version=6, needs=("identify", "scan", "tokenize"), tables=("variants", "verifications"), steps=_steps,
     reads=("verify", "identify.window", "run.seed", "run.format"),
 )  # fmt: skip

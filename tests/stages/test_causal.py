@@ -31,7 +31,7 @@ def test_numbers_of_known_units(known: Known) -> None:
     assert context["retention_by_offset"][4] == pytest.approx(0, abs=0.05)
     assert context["retention_mat"] > 0.95
     assert none["retention"] == pytest.approx(1) and none["promoted"] == []
-    assert concept["n_variants"] == 400
+    assert concept["n_variants"] == 600
     assert concept["drop_mat"] < 0.6 and token["drop_mat_low"] > 0.95
     assert (context["drop_context_offset"], context["drop_context"]) == (-1, pytest.approx(1, abs=0.05))
     assert none["drop_mat_low"] <= none["drop_mat"] == pytest.approx(0) == none["drop_context"]
