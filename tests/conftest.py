@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# A worker on Ray has one thread; sums round alike only where this process has one too. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -20,6 +20,7 @@ from raylabel.store.rundir import RunDir
 from tests.runs import tables_equal, tiny_config
 from tests.store.test_s3 import PER_RUN, bucket
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 __all__ = ["bucket"]
 

@@ -157,6 +157,7 @@ def test_an_object_store_that_is_full_only_slows_things_down(pool: Any, tmp_path
     assert all(entry["failures"] == [] for entry in entries)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_every_stage_costs_nothing(finished: RunDir, config: RunConfig, pool: Any) -> None:
     pool.close()
     draw, struck = random.Random(1), dict[str, int]()

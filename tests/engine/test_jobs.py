@@ -23,6 +23,7 @@ from raylabel.store.lock import locked
 from raylabel.store.rundir import RunDir
 from tests.runs import tables_equal, tiny_config
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = "tokenize,scan"
 GRACE = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "OMP_NUM_THREADS": "1"}}

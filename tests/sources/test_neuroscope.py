@@ -171,7 +171,7 @@ def test_check_says_what_would_be_fetched_and_fetches_nothing(tmp_path: Path, co
     ({}, {"model": None}, "exemplars.neuroscope.model is required"),
     ({}, {"model": "../../etc"}, "exemplars.neuroscope.model: '../../etc' is no name"),
     ({}, {"url": "ftp://x"}, "exemplars.neuroscope.url: expected http"),
-    ({}, {"url": "https://u:secret@x"}, "exemplars.neuroscope.url: expected http"),
+    ({}, {"url": "https://u:secret@x"}, "exemplars.neuroscope.url: holds a user name or password"),
     ({"layers": "all"}, {}, "exemplars.neuroscope.model: tiny is none of the site's"),
     ({"layers": [12]}, {"model": "gpt2-small"}, "gpt2-small has layers 0 to 11 of neurons 0 to 3071"),
 ])  # fmt: skip
