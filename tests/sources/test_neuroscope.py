@@ -171,7 +171,7 @@ def test_check_says_what_would_be_fetched_and_fetches_nothing(tmp_path: Path, co
     ({}, {"model": None}, "exemplars.neuroscope.model is required"),
     ({}, {"model": "../../etc"}, "exemplars.neuroscope.model: '../../etc' is no name"),
     ({}, {"url": "ftp://x"}, "exemplars.neuroscope.url: expected http"),
-    ({}, {"url": "https://u:secret@x"}, "exemplars.neuroscope.url: holds a user name or password"),
+    ({}, {"url": "https://u:hunter2@x"}, "exemplars.neuroscope.url: holds a user name or password"),
     ({"layers": "all"}, {}, "exemplars.neuroscope.model: tiny is none of the site's"),
     ({"layers": [12]}, {"model": "gpt2-small"}, "gpt2-small has layers 0 to 11 of neurons 0 to 3071"),
 ])  # fmt: skip
@@ -182,7 +182,7 @@ def test_bad_settings_are_named(subject: dict[str, Any], section: dict[str, Any]
     with pytest.raises(BadInput) as error:
         estimate(build_config(tree))
     assert key in str(error.value)
-    assert "secret" not in str(error.value).replace("user or password, not 'https://u:secret@x'", "secret" * (key == ""))
+    assert "hunter2" not in str(error.value).replace("user or password, not 'https://u:secret@x'", "secret" * (key == ""))
 
 
 def test_the_table_of_models() -> None:
