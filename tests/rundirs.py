@@ -57,6 +57,7 @@ def assert_tidy(run: RunDir) -> None:
         wanted.add(f"{table}/_SUCCESS")
         if any(name.startswith(f"controls/{table}/") for name in wanted):
             wanted.add(f"controls/{table}/_SUCCESS")
-    assert files_of(run) == wanted
+    found = files_of(run)
+    assert found == wanted, f"not wanted {sorted(found - wanted)}, missing {sorted(wanted - found)}"
     with locked(run.files):
         pass

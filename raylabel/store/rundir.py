@@ -236,9 +236,15 @@ class RunDir:
 
     def tidy(self, plan: Plan, tables: tuple[str, ...]) -> bool:
         """Whether the files that `_SUCCESS` lists are those of the manifest: a worker that was given up may end late."""
-        names = {f["path"] for e in self.committed(plan).values() for f in e["files"]}
-        listed = [self._listed(table) for table in tables]
-        return all(files is not None and set(files) <= names for files in listed)
+        tops = (*tables, *(f"controls/{table}" for table in tables))
+        committed = {f["path"] for e in self.committed(plan).values() for f in e["files"]}
+        listed: set[str] = set()
+        for top in tops:
+            files = self._listed(top)
+            if files is None and top in tables:
+                return False
+            listed.update(files or ())
+        return listed == {name for name in committed if name.startswith(tuple(f"{top}/" for top in tops))}
 
     def _listed(self, table: str) -> list[str] | None:
         """The files that `_SUCCESS` of a table lists; None where there is none that can be read."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def test_an_attempt_that_ends_after_its_stage_is_swept_away(finished: RunDir, co
     for stage in ("scan", "identify", "verify", "results"):
         entry = next(e for e in run.manifest(stage).values() if any(f.get("table") for f in e["files"]))
         for file in entry["files"]:
-            late = file["path"].replace("-1", "-9", 1) if file.get("table") else file["path"]
+            late = re.sub(r"-1(?=\.|-\w+\.)", "-9", file["path"]) if file.get("table") else file["path"]
             shutil.copy(run.files.path(file["path"]), run.files.path(late)) if late != file["path"] else None
             file["path"] = late
         run.files.write(f"_manifest/{stage}/{entry['unit']}.json", json.dumps({**entry, "attempt": 9}).encode())

@@ -215,7 +215,7 @@ def test_what_is_missing_or_wrong_in_the_settings_is_said(tmp_path: Path) -> Non
         ({"sources": ["res-jb"]}, {}, "no source id"),
         ({"sources": ["6-a", "6-b"]}, {}, "of one layer"),
         ({"url": "ftp://x"}, {}, "expected a folder or http"),
-        ({"url": "https://user:pass@x"}, {}, "without a user"),
+        ({"url": "https://user:pass@x"}, {}, "holds a user name or password"),
         ({"url": str(tmp_path / "none")}, {}, "no such folder"),
         ({"url": str(tmp_path)}, {}, "no folder"),
         ({"url": "https://np.example"}, {}, "asked feature by feature"),
