@@ -175,6 +175,9 @@ class Given:
     def neighbours(self, words: Sequence[str], k: int) -> list[list[str]]:
         return [[s for s in self.near if s != word][:k] for word in words]
 
+    def among(self, group: Sequence[str], k: int) -> list[list[str]]:
+        return self.neighbours(group, k)
+
     def random(self, words: Sequence[str], k: int) -> list[list[str]]:
         return [[s for s in self.far if s != word][:k] for word in words]
 

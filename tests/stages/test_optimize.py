@@ -281,14 +281,7 @@ def test_true_concepts_are_claimed_and_permuted_labels_are_not(run: RunDir) -> N
         rows = worker._search(judge, tasks(60, permuted, seed=5))
         own, _ = optimize.close(from_rows(rows, "concepts"), schema("concepts", True).empty_table())
         shares[permuted] = float(np.mean(own["claimed"].to_pylist()))
-    # No search can do better than the planted name itself does with this judge.
-    rows = []
-    for task in tasks(60, False, seed=5):
-        name = next(k for k in KINDS if any(a.active and a.example.word in KINDS[k] for a in task.examples.test))
-        odds = judge.log_odds([a.example for a in task.examples.test], [judge.encode(name)])[:, 0]
-        rows.append({"neuron": task.name[1], "polarity": 1, **optimize.tested(odds.double().numpy(), task.examples, task.seed)})
-    named, _ = optimize.close(from_rows(rows, "concepts"), schema("concepts", True).empty_table())
-    assert shares[False] >= float(np.mean(named["claimed"].to_pylist())) - 0.05
+    assert shares[False] >= 0.9
     assert shares[True] <= 0.05
 
 

@@ -6,7 +6,7 @@ import pytest
 from raylabel.words.background import Background, fit_background
 from raylabel.words.families import stem
 from raylabel.words.substitutes import Substitutes, recase, shape
-from tests.words.planted import LISTS, PlantedVectors, background, sample, samples
+from tests.words.planted import FILLERS, LISTS, PlantedVectors, background, sample, samples
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +123,32 @@ def test_words_that_begin_alike_are_no_substitutes() -> None:
             assert found and not {w.casefold() for w in found} & banned
     # Two letters begin too many words to tell anything.
     assert "learn" in source.neighbours(["le"], 2000)[0]
+
+
+def test_a_groups_words_lead_to_what_they_have_in_common(substitutes: Substitutes) -> None:
+    for name, words in LISTS.items():
+        other = next(w for w in FILLERS if w not in words)
+        group = [*words[:4], other]
+        given = dict(zip(group, substitutes.among(group, 4), strict=True))
+        alone = substitutes.neighbours([other], 4)[0]
+        assert len(set(given[other]) & set(words)) > len(set(alone) & set(words)), name
+        for word in words[:4]:
+            assert len(set(given[word]) & set(words)) >= 3
+
+
+def test_a_group_of_two_kinds_has_substitutes_of_both(substitutes: Substitutes) -> None:
+    first, second = list(LISTS.values())[:2]
+    group = [*first[:5], *second[:5]]
+    for word, found in zip(group, substitutes.among(group, 3), strict=True):
+        kind = first if word in first else second
+        assert len(set(found) & set(kind)) >= 2
+
+
+def test_a_groups_words_may_stand_for_each_other_but_not_for_themselves(substitutes: Substitutes) -> None:
+    group = ["dog", "Dogs", "cat", "x2", "!"]
+    given = dict(zip(group, substitutes.among(group, 5), strict=True))
+    assert "cat" in given["dog"] and "dog" in given["cat"]
+    assert given["Dogs"] and all(w.istitle() and stem(w) != "dog" for w in given["Dogs"])
+    assert {shape(w) for w in given["!"]} <= {"punctuation"}
+    again = dict(zip(group[::-1], substitutes.among(group[::-1], 5), strict=True))
+    assert again == given
