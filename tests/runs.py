@@ -32,9 +32,10 @@ def write_corpus(path: Path, documents: int, seed: int = 0, longest: int = 60) -
 def tiny_config(model: Path, corpus: Path, out: Path, **sections: dict[str, Any]) -> RunConfig:
     """A configuration for a tiny model over a tiny corpus, in this process."""
     tree: dict[str, Any] = {
-        "subject": {"model": str(model), "context": 16, "device": "cpu", "batch": 4},
+        "subject": {"model": str(model), "context": 16, "device": "cpu", "batch": 8},
         "exemplars": {"corpus": {"path": str(corpus)}, "top": 6, "quantile": 3, "random": 4, "before": 5, "after": 3},
         "controls": {"decoys": 5},
+        "score": {"negatives": 6},
         "run": {"out": str(out), "address": "inline"},
     }
     for name, values in sections.items():

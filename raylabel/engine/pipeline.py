@@ -190,14 +190,15 @@ def plan_stage(stage: Stage, run: RunDir, config: RunConfig) -> tuple[Plan, Any]
 def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say, held: Held | None = None) -> Any:
     """Runs what is pending of a stage; opens the pool when there is something to run. Returns the pool."""
     plan, steps = plan_stage(stage, run, config)
-    committed = run.committed(plan)
+    entries = run.manifest(stage.name)
+    committed = run.committed(plan, entries)
     failed = set().union(*(failed_neurons(entry) for entry in committed.values()))
     check_failures(stage.name, len(failed), run, config)
     before = run.plan(stage.name)
     same = before is not None and before.to_json() == plan.to_json()
     if same and len(committed) == len(plan.units) and all(run.complete(t) for t in stage.tables):
-        if not run.tidy(plan, stage.tables):
-            run.finish(plan, stage.tables)
+        if not run.tidy(plan, stage.tables, committed):
+            run.finish(plan, stage.tables, committed)
         say(f"{stage.name}: already done")
         if stage.after:
             stage.after(run, config)
@@ -213,7 +214,7 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say,
                 run.forget_plan(other.name, tuple(set(other.tables) - {t for s in stages for t in s.tables}))
     run.reopen(stage.tables)
     run.fix_plan(plan)
-    attempts = {i: int(entry["attempt"]) + 1 for i, entry in run.manifest(stage.name).items()}
+    attempts = {i: int(entry["attempt"]) + 1 for i, entry in entries.items()}
     for step in steps:
         units = [(u, attempts.get(u.id, 1)) for u in plan.units if u.step == step.name and u.id not in committed]
         if not units:
@@ -242,10 +243,11 @@ def run_stage(stage: Stage, run: RunDir, config: RunConfig, pool: Any, say: Say,
                 raise
             why = str(error) if isinstance(error, UnitFailed) else reason(error)
             raise RunFailed(f"{stage.name} cannot go on: {why}") from error
-    lost = len(plan.units) - len(run.committed(plan))
+    committed_now = run.committed(plan)
+    lost = len(plan.units) - len(committed_now)
     if lost:
         raise RunFailed(f"{stage.name}: files of {lost} units are gone or cut short; run the same command again")
-    run.finish(plan, stage.tables)
+    run.finish(plan, stage.tables, committed_now)
     if stage.after:
         stage.after(run, config)
         check_failures(stage.name, len(failed), run, config)

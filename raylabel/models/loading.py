@@ -62,6 +62,7 @@ def load(
     """The model in `dtype` ('auto': float32 on CPU, else the checkpoint's own) on `device`, with room for `context`.
 
     Args:
+        device: `meta` gives the model's shape alone: no weights are looked for.
         gpus: of this worker, see `placement.spread`; TransformerLens's own models lie on one in any case.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -71,9 +72,13 @@ def load(
         source = _folder(model)
         if source is not None:
             _refuse_outside(source)
-        if source is not None and _names_native(source):
+        own = source is None and bool(_OWN_NAME.fullmatch(model) or _OWN_ACCOUNT.match(model))
+        native = source is not None and _names_native(source)
+        if device.type == "meta" and (own or native):
+            raise BadInput(f"subject.model: {model} is not planned without its weights; only plain transformers models are")
+        if source is not None and native:
             loaded = _load_native(model, source, precision, device)
-        elif source is None and (_OWN_NAME.fullmatch(model) or _OWN_ACCOUNT.match(model)):
+        elif own:
             loaded = _load_published(model, revision, precision, device)
         else:
             loaded = _load_transformers(model, source, revision, precision, device, context, trust_remote_code, gpus)
@@ -199,9 +204,15 @@ def _load_transformers(
     automatic: Any = AutoModelForCausalLM
     spread = placement.spread(device, gpus, cache(lambda: placement.weight_bytes(config, dtype, trust)))
     try:
-        network, notes = automatic.from_pretrained(
-            source, dtype=dtype or "auto", use_safetensors=None if trust else True, output_loading_info=True, **where, **spread
-        )
+        if device.type == "meta":
+            own = {} if dtype is None else {"dtype": dtype}
+            with device:
+                network, notes = automatic.from_config(config, trust_remote_code=trust, **own), {"missing_keys": []}
+        else:
+            network, notes = automatic.from_pretrained(
+                source, dtype=dtype or "auto", use_safetensors=None if trust else True, output_loading_info=True, **where,
+                **spread,
+            )  # fmt: skip
         network = (network if spread else network.to(device)).eval()
     except Exception as error:
         raise BadInput(f"subject.model: {_no_weights(name, folder, trust, error)}") from error

@@ -1,9 +1,14 @@
-"""check: what a configuration would run, estimated from the model, the corpus' size and one timed forward."""
+"""check: what a configuration would run, estimated from the model, the corpus' size and one timed forward.
+
+Without weights (a folder of nothing but a configuration and a tokenizer, or `subject.device: meta`, which downloads no
+more than these) the model's shape stands for it, and the pace is that of a GPU by its maker's figure.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -16,13 +21,14 @@ from raylabel.sources.records import module, without_model
 from raylabel.stages import pipeline, prepare, settled
 from raylabel.stages.describe import AFTER, BEFORE, BUILT_IN
 from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes
-from raylabel.stages.plan_cost import Rates, Shape, plan
+from raylabel.stages.plan_cost import GPU, Rates, Shape, on_gpu, plan
 from raylabel.stages.scan import batch_size, lease_keys, lease_size, least_leases
 from raylabel.stages.subject import facts, open_subject, tokens_per_second
 from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
 
 PROBE_DOCUMENTS = 200
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 MARKS, ANSWER = 6, 80
 """Tokens of the marks and the number of a shown text, and of an answer."""
 
@@ -37,34 +43,51 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     if corpus.path is None:
         raise BadInput("exemplars.corpus.path is required: a text file, a folder, or `stdlib`")
     pieces = chunks(corpus.path, corpus.column)
+    planned = without_weights(config)
+    if planned:
+        config = config.model_copy(update={"subject": config.subject.model_copy(update={"device": "meta"})})
     subject, found = open_subject(config), facts(config)
+    if planned:
+        found["device"] = "cuda"
     units = wanted_units(config, found)
     signs = polarities(config, found)
     tokens, exact = _tokens(config, subject.tokenizer.backend_tokenizer, pieces)
     n_units = sum(len(neurons) for neurons in units.values())
     context, batch = config.subject.context, batch_size(config, found)
-    rate = tokens_per_second(subject, batch, context, list(units))
+    weights = [p for block in subject.anatomy.blocks for p in block.parameters()]
+    shape = Shape(found["n_layers"], found["width"], sum(p.numel() for p in weights), len(signs) > 1)
+    rates = on_gpu(shape) if planned else Rates(tokens_per_second(subject, batch, context, list(units)))
+    rate = rates.pace
     samples = -(-tokens // context)
     state = sum(scan_bytes(config, units, signs, batch, samples).values())
     leases = len(lease_keys(samples, lease_size(samples, batch, context, rate, state, least_leases(config))))
     wanted = config.controls
     decoys, texts = wanted.decoys * len(units), (wanted.nulls + wanted.planted) * len(units)
-    states, peak, groups = _memory(config, subject, units, signs, batch, -(-samples // leases))
+    lease = -(-samples // leases)
+    states, peak, groups = (_memory_on_paper if planned else _memory)(config, subject, units, signs, batch, lease)
     workers = 1 if config.run.workers == "auto" else int(config.run.workers)
-    shape = Shape(found["n_layers"], found["width"], 0, len(signs) > 1)
-    cost = plan(shape, config, tokens, workers, Rates(rate), device=found["device"], among=units)
+    cost = plan(shape, config, tokens, workers, rates, device=found["device"], among=units)
     return {
         "model": found["name"], "site": found["site"], "layers": len(units), "units": n_units,
         "units and polarities": n_units * len(signs), "decoys": decoys, "nulls and planted": texts, "tokens": tokens,
-        "tokens are": "counted" if exact else "estimated", "samples": samples, "batch": batch, "device": found["device"],
+        "tokens are": "counted" if exact else "estimated", "samples": samples, "batch": batch,
+        "device": GPU if planned else found["device"],
         "leases": leases, "state bytes": states, "peak bytes": peak, "layer groups": groups,
         "tokens a second": round(rate), "forward seconds": round(tokens / rate * groups, 1),
         "variants at most": (n_units * len(signs) + decoys + texts) * config.verify.max_variants,
         "judge evaluations at most": (n_units * len(signs) + decoys + texts) * config.optimize.evaluations,
-        "workers": workers, "hours at this machine's pace": round(cost["hours"], 3),
+        "workers": workers, f"hours at {'that GPU' if planned else 'this machine'}'s pace": round(cost["hours"], 3),
         **{name: cost[name] for name in ("table bytes", "temporary bytes", "work units", "manifest bytes")},
         **llm_cost(config, n_units * len(signs) + decoys + texts),
     }  # fmt: skip
+
+
+def without_weights(config: RunConfig) -> bool:
+    """Whether there is a model's shape to plan with, and nothing else."""
+    folder = Path(config.subject.model).expanduser()
+    if config.subject.device == "meta" or not (folder / "config.json").is_file():
+        return config.subject.device == "meta"
+    return not any(file.suffix in WEIGHTS for file in folder.iterdir())
 
 
 def _source(config: RunConfig) -> dict[str, Any]:
@@ -118,6 +141,17 @@ def _memory(
     on_gpu = subject.device.type == "cuda"
     beside = overhead_bytes(max(states.values()), columns, batch, config.subject.context, on_gpu)
     return sum(states.values()), peak_bytes(str(subject.device)) + largest[0] + beside, len(groups)
+
+
+def _memory_on_paper(
+    config: RunConfig, subject: Any, units: dict[int, list[int]], signs: tuple[int, ...], batch: int, lease: int
+) -> tuple[int, int, int]:  # fmt: skip
+    """The same of a model without weights: what they would take, and the state of all layers at a time."""
+    states = scan_bytes(config, units, signs, batch, lease)
+    columns = max(map(len, units.values())) * max(abs(s) for s in signs)
+    beside = overhead_bytes(max(states.values()), columns, batch, config.subject.context, True)
+    weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+    return sum(states.values()), weights + sum(states.values()) + beside, 1
 
 
 def _tokens(config: RunConfig, tokenizer: Tokenizer, pieces: list[dict[str, Any]]) -> tuple[int, bool]:

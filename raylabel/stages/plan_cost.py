@@ -18,6 +18,7 @@ from raylabel.stages.scan import batch_size, lease_keys, lease_size, least_lease
 from raylabel.stages.scanner import CLOSE_NEURONS
 from raylabel.stages.verify_stage import NEURONS as VERIFY_NEURONS
 
+GPU = "an H100 on paper, 35 % of its operations"
 PROMPT = 400
 """Tokens of instructions in a request, at most."""
 REPLY = 120

@@ -172,6 +172,8 @@ class SubjectWorker:
 
     def __call__(self, unit: Unit) -> Output:
         subject, found = open_subject(self.config), facts(self.config)
+        if subject.device.type == "meta":
+            raise BadInput("subject.device: meta holds no weights; `raylabel check` plans with it, a run needs auto, cpu or cuda")
         tokenizer = subject.tokenizer.backend_tokenizer
         # Refuses units that the subject does not have before the corpus is read.
         units = wanted_units(self.config, found)

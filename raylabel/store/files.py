@@ -41,6 +41,23 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def _local_sizes(path: str) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of every file below a folder, or of the file that it is."""
+    try:
+        entries = list(os.scandir(path))
+    except NotADirectoryError:
+        yield path, os.stat(path).st_size
+        return
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _local_sizes(entry.path)
+        elif entry.is_file(follow_symlinks=False):
+            with contextlib.suppress(FileNotFoundError):
+                yield entry.path, entry.stat(follow_symlinks=False).st_size
+
+
 @dataclass(frozen=True)
 class Written:
     """What a write left behind: path relative to the root, bytes, and sha256 as hex."""
@@ -115,6 +132,9 @@ class Files:
     @_as_os_error()
     def read(self, name: str) -> bytes:
         """The file's bytes; FileNotFoundError if there is none."""
+        if self.local:
+            with open(self.path(name), "rb") as file:
+                return file.read()
         return bytes(self.fs.cat_file(self.path(name)))
 
     @_as_os_error()
@@ -142,12 +162,14 @@ class Files:
     @_as_os_error()
     def sizes(self, name: str) -> dict[str, int]:
         """Every file below folder `name` with its size in bytes; nothing if there is no such folder."""
+        cut = len(self.root) + 1
+        if self.local:
+            return {path[cut:]: size for path, size in sorted(_local_sizes(self.path(name)))}
         self._forget()
         try:
             found = self.fs.find(self.path(name), detail=True)
         except FileNotFoundError:
             return {}
-        cut = len(self.root) + 1
         return {path[cut:]: int(info["size"]) for path, info in found.items() if info["type"] == "file"}
 
     @_as_os_error()

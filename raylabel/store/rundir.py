@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow.dataset as ds
 from raylabel.errors import BadInput
 from raylabel.store.files import Files
 from raylabel.store.plan import Plan, Unit
-from raylabel.store.shards import TEMPORARY
+from raylabel.store.shards import TEMPORARY, manifest_name
 from raylabel.tables import PER_UNIT, SCHEMA_VERSION, TABLES, schema
 
 PARTITIONS = ds.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")
@@ -141,13 +141,14 @@ class RunDir:
                     entries[entry["unit"]] = entry
         return entries
 
-    def committed(self, plan: Plan) -> dict[str, dict[str, Any]]:
+    def committed(self, plan: Plan, entries: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
         """Entries of the plan's units, in its order, whose files are all there with the recorded size.
 
         Temporary files count until the last step is committed, after which nobody needs them. A blob has no unit in
         its name, so that a run with other settings may have put its own in the place: its content counts.
+        `entries` are those of the stage's manifest, where they have just been read.
         """
-        entries = self.manifest(plan.stage)
+        entries = self.manifest(plan.stage) if entries is None else entries
         sizes = self._sizes(entries)
         whole = {
             unit.id: entries[unit.id]
@@ -211,12 +212,17 @@ class RunDir:
             self._known = {step: ({u.id for u in plan.units} if plan else set(), found)}
         return self._known[step][1]
 
-    def finish(self, plan: Plan, tables: tuple[str, ...]) -> None:
+    def finish(
+        self, plan: Plan, tables: tuple[str, ...], committed: dict[str, dict[str, Any]] | None = None
+    ) -> None:  # fmt: skip
         """Deletes superseded, orphaned and temporary files of the stage, then writes `_SUCCESS` of its tables.
 
-        `_SUCCESS` lists the table's files, so that what a lost worker writes later is not read either.
+        `_SUCCESS` lists the table's files, so that what a lost worker writes later is not read either. `committed` are
+        the plan's entries, where they have just been read.
         """
-        rows = {f["path"]: f["rows"] for e in self.committed(plan).values() for f in e["files"]}
+        entries = self.committed(plan) if committed is None else committed
+        rows = {f["path"]: f["rows"] for e in entries.values() for f in e["files"]}
+        of = _by_table(rows)
         tops = [top for table in tables for top in (table, f"controls/{table}")]
         for top in tops:
             for name in self.files.sizes(top):
@@ -224,27 +230,25 @@ class RunDir:
                     self.files.delete(name)
         for name in self.files.sizes(f"{TEMPORARY}/{plan.stage}"):
             self.files.delete(name)
-        units = {u.id for u in plan.units}
-        for unit_id in self.manifest(plan.stage):
-            if unit_id not in units:
-                self.files.delete(f"_manifest/{plan.stage}/{unit_id}.json")
+        wanted = {manifest_name(unit) for unit in plan.units}
+        for name in self.files.sizes(f"_manifest/{plan.stage}"):
+            if name not in wanted:
+                self.files.delete(name)
         for top in reversed(tops):
-            files = [name for name in rows if name.startswith(f"{top}/")]
+            files = of.get(top, [])
             if files or not top.startswith("controls/"):
                 mark = {"stage": plan.stage, "plan": plan.digest, "rows": sum(rows[f] for f in files), "files": files}
                 self.files.write(f"{top}/_SUCCESS", json.dumps(mark).encode())
 
-    def tidy(self, plan: Plan, tables: tuple[str, ...]) -> bool:
-        """Whether the files that `_SUCCESS` lists are those of the manifest: a worker that was given up may end late."""
-        tops = (*tables, *(f"controls/{table}" for table in tables))
-        committed = {f["path"] for e in self.committed(plan).values() for f in e["files"]}
-        listed: set[str] = set()
-        for top in tops:
-            files = self._listed(top)
-            if files is None and top in tables:
-                return False
-            listed.update(files or ())
-        return listed == {name for name in committed if name.startswith(tuple(f"{top}/" for top in tops))}
+    def tidy(self, plan: Plan, tables: tuple[str, ...], committed: dict[str, dict[str, Any]]) -> bool:
+        """Whether the files that `_SUCCESS` lists are the committed ones: a worker that was given up may end late."""
+        of = _by_table(f["path"] for e in committed.values() for f in e["files"])
+        for table in tables:
+            for top in (table, f"controls/{table}"):
+                files = self._listed(top)
+                if (files is None and top == table) or set(files or ()) != set(of.get(top, ())):
+                    return False
+        return True
 
     def _listed(self, table: str) -> list[str] | None:
         """The files that `_SUCCESS` of a table lists; None where there is none that can be read."""
@@ -327,6 +331,15 @@ class RunDir:
                 f"{self.files.url}: a file of the table {table} is not what was committed ({str(error)[:200]}); delete it and "
                 f"run the same command again"
             ) from None
+
+
+def _by_table(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Paths by the folder of their table, in their order."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split("/")
+        found.setdefault("/".join(parts[: 1 + (parts[0] == "controls")]), []).append(path)
+    return found
 
 
 def _is_info(tree: Any) -> bool:

@@ -37,8 +37,9 @@ BENCHMARKS = {
     "concepts": "concepts:concepts",
     "report": "report_pages:report_pages",
     "driver": "simulate:driver",
+    "planner": "simulate:foretold",
 }
-ONE_THREAD = ("ray", "concepts")
+ONE_THREAD = ("ray", "concepts", "planner")
 """Those whose process has one thread, as a worker on Ray has."""
 README = ROOT / "README.md"
 

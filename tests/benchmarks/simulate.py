@@ -2,6 +2,8 @@
 
 Plans, manifests and the tidying up at the end are made by the code that does it in a run; units do nothing. The figures of
 a quarter, a half and all of the neurons say how they grow; nothing may grow faster than the units do.
+
+`foretold` sets what `raylabel check` says of real runs beside what they took and left behind.
 """
 
 from __future__ import annotations
@@ -15,15 +17,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raylabel.engine.pipeline import run_pipeline
 from raylabel.stages.base import neuron_ranges
+from raylabel.stages.check import estimate
 from raylabel.stages.plan_cost import Shape, on_gpu, plan
 from raylabel.store.plan import Plan, Unit, make_plan
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import manifest_name
 from tests.benchmarks.measuring import Settings
+from tests.benchmarks.models import build, words
 from tests.benchmarks.report import Row
+from tests.benchmarks.runs import config, with_stages
 
 LAYERS, WIDTH, A_UNIT, NODES = 80, 20_000, 64, 1_000
+PLANNED = ("tokenize", "scan", "identify", "verify", "results")
+"""Stages whose time and bytes the planner gives; the others depend on a judge or a language model."""
+FACTOR = 2.0
 SHAPES = {
     "GPT-2-small": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "Llama-3.1-8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -101,18 +110,53 @@ def write_entry(folder: Path, unit: Unit, number: int) -> None:
     (folder / manifest_name(unit)).write_text(json.dumps(entry), encoding="utf-8")
 
 
+def foretold(settings: Settings) -> Iterator[Row]:
+    """By what factor the planner is wrong, either way, about runs of two models in this process."""
+    tokens = 20_000 if settings.quick else 200_000
+    for name in ("demo", "tiny-llama"):
+        out = settings.folder / f"foretold-{name}"
+        wanted = with_stages(config(build(name, settings.folder), out, "cpu", 128, tokens), *PLANNED)
+        told = estimate(wanted)
+        found = measured(RunDir(str(out)), run_pipeline(wanted).stages)
+        says = {
+            "tokens": told["tokens"], "table bytes": told["table bytes"], "temporary bytes": told["temporary bytes"],
+            "manifests": told["work units"], "manifest bytes": told["manifest bytes"],
+            "seconds": 3600 * told["hours at this machine's pace"],
+        }  # fmt: skip
+        for what, figure in says.items():
+            factor = max(figure / found[what], found[what] / figure)
+            yield Row(
+                f"planner, {words(name)}: {what}", "a run", factor, factor, factor, n=1, unit="×", goal=FACTOR, at_most=True,
+                how=f"{figure:,.0f} foretold, {found[what]:,.0f} found; {tokens:,} tokens, 256 decoys a layer, one process",
+            )  # fmt: skip
+
+
+def measured(run: RunDir, seconds: dict[str, float]) -> dict[str, float]:
+    """The same figures of a finished run."""
+    stages = [name for name in PLANNED if name != "tokenize"]
+    tables = ("samples", "exemplars", "statistics", "candidates", "variants", "verifications", "results")
+    entries = [entry for stage in stages for entry in run.manifest(stage).values()]
+    tokens = sum(len(ids) for ids in run.table("samples", columns=["token_ids"]).column(0).to_pylist())
+    return {
+        "tokens": tokens, "manifests": len(entries), "seconds": sum(seconds.values()),
+        "table bytes": sum(sum(run.files.sizes(f"{top}{table}").values()) for table in tables for top in ("", "controls/")),
+        "temporary bytes": sum(f["bytes"] for e in entries if e["stage"] == "scan" for f in e["files"] if f.get("temporary")),
+        "manifest bytes": sum(sum(run.files.sizes(f"_manifest/{stage}").values()) for stage in stages),
+    }  # fmt: skip
+
+
 def paper() -> list[dict[str, Any]]:
     """What the planner says of the models that are named, on 8 GPUs and 100 million tokens."""
     from raylabel.config import build_config
 
-    config = build_config({
+    wanted = build_config({
         "subject": {"model": "x"}, "exemplars": {"corpus": {"path": "y", "tokens": 100_000_000}},
         "describe": {"explainer": "llm", "base_url": "http://127.0.0.1/v1"}, "score": {"scorers": ["detection", "fuzzing"]},
     })  # fmt: skip
     found = []
     for name, tree in SHAPES.items():
         shape = Shape.of(tree)
-        found.append({"model": name, **plan(shape, config, 100_000_000, 8, on_gpu(shape), cores=64)})
+        found.append({"model": name, **plan(shape, wanted, 100_000_000, 8, on_gpu(shape), cores=64)})
     return found
 
 

@@ -26,14 +26,13 @@ from pathlib import Path
 
 import psutil
 
-import raylabel.engine.pipeline  # noqa: F401
 from raylabel.cli import run_command
 from raylabel.store.rundir import RunDir
 from tests.models.tiny import save
 from tests.rundirs import assert_tidy, config_file, differing
 from tests.runs import tiny_config, write_corpus
 from tests.store.crash import arm
-from tests.store.test_kill import Driver
+from tests.store.drivers import Driver, warm
 
 MOMENTS = ("before", "half", "rename", "after")
 CODES = {**dict.fromkeys(MOMENTS, -signal.SIGKILL), "term": 143, "full": 1, "kill": -signal.SIGKILL, "worker": 0}
@@ -45,6 +44,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ray", type=float, default=0.1, help="share of the starts that use Ray")
     options = parser.parse_args()
+    warm()
     draw, counts = random.Random(options.seed), collections.Counter[str]()
     started, runs = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="raylabel-soak-") as folder:
@@ -145,8 +145,8 @@ def on_ray(config: Path, out: Path, kind: str, draw: random.Random) -> tuple[int
     driver = Driver(config, out, "local")
     driver.after(draw.randint(0, 6))
     time.sleep(draw.expovariate(8.0))
-    hit = driver.process.poll() is None and strike(driver, kind, draw)
-    return driver.process.wait(900), hit
+    hit = driver.process.is_alive() and strike(driver, kind, draw)
+    return driver.wait(900), hit
 
 
 def strike(driver: Driver, kind: str, draw: random.Random) -> bool:
@@ -155,10 +155,10 @@ def strike(driver: Driver, kind: str, draw: random.Random) -> bool:
         # A process that has not begun to run has no handler yet.
         return False
     if kind != "worker":
-        driver.process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+        driver.send(signal.SIGKILL if kind == "kill" else signal.SIGTERM)
         return True
     with suppress(psutil.Error):
-        below = psutil.Process(driver.process.pid).children(recursive=True)
+        below = psutil.Process(driver.pid).children(recursive=True)
         workers = [p for p in below if " ".join(p.cmdline()).startswith(("ray::_Actor", "ray::MapWorker"))]
         if workers:
             os.kill(draw.choice(workers).pid, signal.SIGKILL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,12 @@ import pytest
 
 from raylabel.config import build_config
 from raylabel.engine.pipeline import run_pipeline
-from raylabel.stages.plan_cost import Rates, Shape, llm_tokens, on_gpu, plan
+from raylabel.errors import BadInput
+from raylabel.stages.check import estimate
+from raylabel.stages.plan_cost import GPU, Rates, Shape, llm_tokens, on_gpu, plan
 from raylabel.store.rundir import RunDir
+from tests.models.tiny import save
+from tests.runs import tiny_config
 
 GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None, "activation_function": "gelu_new"}
 LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -72,6 +78,36 @@ def test_a_run_leaves_behind_what_was_foretold(tmp_path: Path) -> None:
         near(told["bytes by table"][table], sum(sizes.values()))
     kept = [f["bytes"] for e in run.manifest("scan").values() for f in e["files"] if f.get("temporary")]
     near(told["temporary bytes"], sum(kept))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_folder_without_weights_is_planned_as_the_model_itself(kind: str, tiny_corpus: Path, tmp_path: Path) -> None:
+    whole = save(kind, tmp_path / "whole")
+    bare = tmp_path / "bare"
+    shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    found = {}
+    for folder, device in ((whole, "cpu"), (bare, "auto"), (whole, "meta")):
+        config = tiny_config(folder, tiny_corpus, tmp_path / "run", subject={"device": device})
+        found[folder.name, device] = estimate(config)
+    for key in ("layers", "units", "units and polarities", "tokens", "samples", "leases", "variants at most", "table bytes"):
+        assert len({told[key] for told in found.values()}) == 1, key
+    assert found["bare", "auto"]["device"] == GPU
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(BadInput, match=r"^subject\.device: meta holds no weights"):
+        run_pipeline(tiny_config(whole, tiny_corpus, tmp_path / "run", subject={"device": "meta"}))
+    with pytest.raises(BadInput, match="no safetensors weights"):
+        run_pipeline(tiny_config(bare, tiny_corpus, tmp_path / "run"))
+
+
+def test_eight_billion_parameters_are_planned_from_their_configuration(tiny_corpus: Path, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**given, **LLAMA_8B, "head_dim": 128, "dtype": "bfloat16"}), encoding="utf-8")
+    told = estimate(tiny_config(folder, tiny_corpus, tmp_path / "run", subject={"device": "auto", "context": 16}))
+    assert told["units"] == 458_752 and told["units and polarities"] == 2 * 458_752
+    assert 2 * 6.9e9 < told["peak bytes"] - told["state bytes"] < 2 * 8.1e9 + 1e9
+    assert told["tokens a second"] == pytest.approx(on_gpu(Shape.of(LLAMA_8B)).pace, rel=1e-3)
 
 
 def near(told: float, found: float) -> None:

@@ -12,10 +12,10 @@ import signal
 import sys
 from typing import Any
 
-import raylabel.engine.pipeline  # noqa: F401
 from raylabel.cli import run_command
 from raylabel.store import files
 from raylabel.store.files import Files
+from tests.store.drivers import warm
 
 
 def arm(writes: int, moment: str) -> None:
@@ -45,9 +45,10 @@ def arm(writes: int, moment: str) -> None:
 
 
 def main(config: str, out: str, seed: int) -> int:
+    warm()
     draw, kills = random.Random(seed), 0
     while True:
-        writes, moment = draw.randint(3, 16), draw.choice(["before", "half", "rename", "after"])
+        writes, moment = draw.randint(3, 28), draw.choice(["before", "half", "rename", "after"])
         child = os.fork()
         if child == 0:
             code = 1

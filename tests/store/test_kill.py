@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import queue
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,44 +16,11 @@ from raylabel.stages import PIPELINE
 from raylabel.store.rundir import RunDir
 from tests.rundirs import assert_tidy, config_file, differing
 from tests.runs import tiny_config
+from tests.store.drivers import Driver
 
 KILLS = 10
 ON_RAY = (2, 5, 8)
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Driver:
-    """`raylabel run` in a process of its own, with the lines it writes to stderr as they come."""
-
-    def __init__(self, config: Path, out: Path, address: str) -> None:
-        command = [sys.executable, "-u", "-m", "raylabel.cli", "run", str(config), "--out", str(out), "--address", address]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        self.lines: queue.Queue[str | None] = queue.Queue()
-        self.said: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line)
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def after(self, units: int) -> None:
-        """Returns when this many units were committed, or the process has ended."""
-        while units > 0:
-            line = self.lines.get(timeout=240)
-            if line is None:
-                return
-            units -= "/" in line and line.rstrip().endswith(" s")
-
-    def kill(self) -> int:
-        self.process.send_signal(signal.SIGKILL)
-        return self.process.wait(60)
 
 
 @pytest.fixture
@@ -85,7 +50,7 @@ def test_killed_ten_times_and_run_again_the_tables_are_those_of_an_undisturbed_r
             out = tmp_path / f"run-{attempt}"
     assert kills == KILLS
     last = Driver(config, out, "inline")
-    assert last.process.wait(240) == 0, "".join(last.said)
+    assert last.wait(240) == 0, "".join(last.said)
     run = RunDir(str(out))
     assert differing(finished, run) == []
     assert_tidy(run)

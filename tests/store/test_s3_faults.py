@@ -81,7 +81,7 @@ def test_a_store_that_fails_now_and_then_changes_nothing(
     config = tiny_config(tiny_model, tiny_corpus, tmp_path, subject={"neurons": [0, 8]}, run={"out": f"{bucket}/a"})
     file, codes = config_file(config, tmp_path / "config.yaml"), list[int]()
     while not codes or codes[-1]:
-        flaky.failing = 0.04 if len(codes) < 12 else 0.0
+        flaky.failing = 0.04 if len(codes) < 6 else 0.0
         codes.append(run_command(["run", str(file)]))
         said = capsys.readouterr().err
         assert codes[-1] in (0, 1) and "Traceback" not in said, said[-2000:]

@@ -98,6 +98,17 @@ def test_a_sort_by_a_number_a_code_and_a_text(watched: Watched, dressed: RunDir)
     kinds = [rows[place(n)]["evidence"] for n in first_cells(page, 0)]
     assert [k for k in kinds if k] == sorted(k for k in kinds if k) and (None not in kinds or kinds[-1] is None)
     assert "sort=evidence" in page.url
+    page.click("th button >> nth=0")
+    named = [place(name) for name in first_cells(page, 0)]
+    assert named == sorted(named)
+    page.click("th button >> nth=0")
+    assert [place(name) for name in first_cells(page, 0)] == named[::-1]
+    page.click("th button >> nth=1")
+    labels = [(rows[place(n)]["label"] or "") for n in first_cells(page, 0)]
+    assert [text for text in labels if text.isascii() and text.startswith("animals")] == sorted(
+        (text for text in labels if text.isascii() and text.startswith("animals")), key=str.lower
+    )
+    page.locator("th button", has_text="evidence").click()
     page.reload()
     wait(page, "document.body?.dataset.ready === 'all'")
     assert [rows[place(n)]["evidence"] for n in first_cells(page, 0)] == kinds
@@ -127,6 +138,10 @@ def test_a_unit_is_opened_by_keys_and_shows_what_the_run_knows(watched: Watched,
     # The frame stands on the peak.
     peak = unit.top()[0]
     assert page.locator(".exemplar .mat").first.text_content() is not None and peak["position"] >= 0
+    # The weaker the activation, the larger the share of firing tokens that are as strong.
+    said = page.locator("details[open] .value small").all_inner_texts()
+    shares = [0.05 if "<" in text else float(text.split()[0]) for text in said]
+    assert shares and shares == sorted(shares) and 0 < shares[-1] <= 100
     before = page.url
     page.keyboard.press("ArrowRight")
     wait(page, f"location.href !== '{before}'")

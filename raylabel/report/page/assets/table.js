@@ -23,18 +23,18 @@ document.addEventListener("DOMContentLoaded", async () => {
   const textOf = (name, row) => { const c = chunkOf(row); return c.lines(name)[row - c.at]; };
 
   function added(at, packed) {
-    const lines = {}, lower = {};
-    chunks.push({ at, ...packed,
-      lines: (name) => lines[name] ||= packed.columns[name].split("\n"),
-      lower: (name) => lower[name] ||= starts(packed.columns[name].toLowerCase()) });
+    const lines = {};
+    // What a search reads is made as the files come: the first one answers as fast as the others.
+    chunks.push({ at, ...packed, lines: (name) => lines[name] ||= packed.columns[name].split("\n"),
+      lower: ["label", "words"].map((name) => starts(packed.columns[name].toLowerCase(), packed.rows)) });
     loaded = at + packed.rows;
   }
   let loaded = 0;
 
   // A text of many lines with where each begins, to find the line of a match.
-  function starts(text) {
-    const found = [0];
-    for (let i = text.indexOf("\n"); i >= 0; i = text.indexOf("\n", i + 1)) found.push(i + 1);
+  function starts(text, rows) {
+    const found = new Uint32Array(rows);
+    for (let i = text.indexOf("\n"), line = 1; i >= 0; i = text.indexOf("\n", i + 1)) found[line++] = i + 1;
     return { text, found };
   }
   function matches(lined, wanted, hit) {
@@ -55,38 +55,58 @@ document.addEventListener("DOMContentLoaded", async () => {
     const found = new Uint32Array(loaded);
     let n = 0;
     for (const c of chunks) {
+      const equal = codes.map(([name, code]) => [c.columns[name], code]);
+      if (verified) equal.push([c.columns.verified, 1]);
+      if (layer !== "") equal.push([c.columns.layer, +layer]);
       for (let i = 0; i < c.rows; i++) {
-        if (verified && !c.columns.verified[i]) continue;
-        if (layer !== "" && c.columns.layer[i] !== +layer) continue;
         if (matched && !matched[c.at + i]) continue;
-        let keep = true;
-        for (const [name, code] of codes) keep = keep && c.columns[name][i] === code;
-        if (keep) found[n++] = c.at + i;
+        if (equal.length === 0 || equal.every(([values, wanted]) => values[i] === wanted)) found[n++] = c.at + i;
       }
     }
     return found.slice(0, n);
   }
 
+  // Positions of numbers in rising order, equal ones in their own: each is packed with its position into one number, its
+  // single-precision bits first, as the browser sorts bare numbers ten times faster than it calls a comparison back.
+  function rising(keys) {
+    const room = 2 ** Math.ceil(Math.log2(Math.max(keys.length, 2)));
+    if (room > 2 ** 21 || !keys.every((key) => Math.fround(key) === key)) {
+      return new Uint32Array(keys.length).map((_, i) => i).sort((a, b) => keys[a] - keys[b] || a - b);
+    }
+    const bits = new Uint32Array(new Float32Array(keys).buffer), packed = new Float64Array(keys.length);
+    for (let i = 0; i < packed.length; i++) packed[i] = ((bits[i] >>> 31 ? ~bits[i] : bits[i] | 0x80000000) >>> 0) * room + i;
+    return Uint32Array.from(packed.sort(), (value) => value % room);
+  }
+
+  function ranksOf(texts) {
+    const compare = new Intl.Collator("en").compare, ranks = new Map();
+    let last = null;
+    for (const text of [...new Set(texts)].sort(compare)) {
+      ranks.set(text, last === null ? 0 : ranks.get(last) + (compare(last, text) !== 0));
+      last = text;
+    }
+    return ranks;
+  }
+
   function sorted(rows) {
     if (sort === null) return falls ? rows.slice().reverse() : rows;
+    const by = (value) => {
+      // Adding 0 makes −0 the 0 that it equals.
+      const key = (row) => { const found = value(row); return Number.isNaN(found) ? NULL_LAST : (falls ? -found : found) + 0; };
+      return rising(Float64Array.from(rows, key));
+    };
+    const turned = (places) => places.map((i) => rows[i]);
     if (sort === "label") {
-      const texts = Array.from(rows, (row) => textOf("label", row));
-      const compare = new Intl.Collator("en").compare, turn = falls ? -1 : 1;
-      return Uint32Array.from(Array.from(rows.keys()).sort((a, b) => turn * compare(texts[a], texts[b]) || a - b), (i) => rows[i]);
+      const ranks = ranksOf(Array.from(rows, (row) => textOf("label", row)));
+      return turned(by((row) => ranks.get(textOf("label", row))));
     }
-    const keys = new Float64Array(rows.length), codes = index.codes[sort];
-    const ranks = codes && codes.slice().sort((a, b) => (a === "") - (b === "") || a.localeCompare(b));
-    for (let i = 0; i < rows.length; i++) {
-      const c = chunkOf(rows[i]), j = rows[i] - c.at;
-      let value;
-      if (sort === "place") value = c.columns.layer[j] * 2 ** 34 + c.columns.neuron[j] * 8 + (4 - c.columns.polarity[j]);
-      else if (codes) value = codes[c.columns[sort][j]] === "" ? NaN : ranks.indexOf(codes[c.columns[sort][j]]);
-      else value = c.columns[sort] ? c.columns[sort][j] : NaN;
-      keys[i] = Number.isNaN(value) ? NULL_LAST : falls ? -value : value;
+    if (sort === "place") {
+      rows = turned(by((row) => valueOf("neuron", row) * 8 + 4 - valueOf("polarity", row)));
+      return turned(by((row) => valueOf("layer", row)));
     }
-    // Equal values keep the order of the table: a stable sort of positions.
-    const places = new Uint32Array(rows.length).map((_, i) => i).sort((a, b) => keys[a] - keys[b] || a - b);
-    return places.map((i) => rows[i]);
+    const codes = index.codes[sort], inOrder = codes && codes.slice().sort((a, b) => (a === "") - (b === "") || a.localeCompare(b));
+    const ranks = codes && codes.map((code) => (code === "" ? NaN : inOrder.indexOf(code)));
+    return turned(by((row) => (codes ? ranks[valueOf(sort, row)] : valueOf(sort, row))));
   }
 
   function refresh(keep = false) {
@@ -146,7 +166,7 @@ document.addEventListener("DOMContentLoaded", async () => {
   let searching = "";
 
   function matchIn(c, wanted) {
-    for (const name of ["label", "words"]) matches(c.lower(name), wanted, (line) => { matched[c.at + line] = 1; });
+    for (const lined of c.lower) matches(lined, wanted, (line) => { matched[c.at + line] = 1; });
   }
 
   async function look() {
@@ -161,7 +181,7 @@ document.addEventListener("DOMContentLoaded", async () => {
       const packed = await raylabel.loadColumns(`phrases-${String(i).padStart(3, "0")}`).catch(() => null);
       if (mine !== search) return;
       if (packed) {
-        const text = packed.columns.phrases, lined = starts(text.toLowerCase());
+        const text = packed.columns.phrases, lined = starts(text.toLowerCase(), packed.rows);
         matches(lined, wanted, (line, at) => {
           const row = i * index.phraseRows + line;
           matched[row] = 1;

@@ -99,19 +99,35 @@ document.addEventListener("DOMContentLoaded", () => {
     const groups = [["Strongest", "top", "explain"], ["Over the quantiles of the samples it fires in", "quantile", "explain"], ["Held back from labelling: strongest", "top", "score"],
       ["Held back from labelling: over the quantiles", "quantile", "score"], ["Samples drawn at random", "random", "explain"]];
     const made = section("Exemplars");
-    made.append(el("p", { class: "quiet" }, "The deeper the colour, the nearer to the largest activation shown; the token at the peak is framed, its phrase underlined."));
+    const shares = u.statistics && u.statistics.fires ? " Over the quantiles, the share of its firing tokens that are as strong or stronger stands below the activation." : "";
+    made.append(el("p", { class: "quiet" }, `The deeper the colour, the nearer to the largest activation shown; the token at the peak is framed, its phrase underlined.${shares}`));
     for (const [title, how, split] of groups) {
       const mine = u.exemplars.filter((e) => e.how === how && e.split === split);
       if (!mine.length) continue;
       mine.sort((a, b) => (how === "top" ? a.rank - b.rank : b.activation - a.activation));
-      const list = el("div", { class: "exemplars" }, ...mine.map(exemplar));
+      const list = el("div", { class: "exemplars" }, ...mine.map((e) => exemplar(e, how === "quantile" ? strongerThan(u.statistics, e.activation) : null)));
       if (how === "top" && split === "explain") made.append(el("h3", {}, title), list);
       else made.append(el("details", { open: how === "quantile" && split === "explain" }, el("summary", {}, `${title} (${mine.length})`), list));
     }
     return u.exemplars.length ? made : section("Exemplars", el("p", { class: "quiet" }, "None recorded."));
   }
 
-  function exemplar(e) {
+  // Share of the tokens above 0 at which the unit is as strong or stronger, read off the histogram, by ratios within a bin.
+  function strongerThan(s, value) {
+    if (!s || !s.fires || !(value > 0)) return null;
+    let above = 0;
+    for (let i = s.histogram.length - 2; i >= 0; i--) {
+      const [low, n] = s.histogram[i], high = s.histogram[i + 1][0];
+      if (low === null || low < value) {
+        if (high !== null && high > value) above += n * (low > 0 ? Math.log(high / value) / Math.log(high / low) : (high - value) / high);
+        break;
+      }
+      above += n;
+    }
+    return Math.min(above / s.fires, 1);
+  }
+
+  function exemplar(e, stronger = null) {
     const text = el("p", { class: "text", dir: "auto" });
     const first = Math.max(0, e.at - BEFORE), last = Math.min(e.tokens.length, e.at + AFTER + 1);
     const span = (i) => el("span", { class: [i === e.at ? "mat" : "", Math.abs(i - e.at) <= PHRASE ? "phrase" : ""].join(" ").trim() || null,
@@ -121,7 +137,8 @@ document.addEventListener("DOMContentLoaded", () => {
     const short = first > 0 || last < e.tokens.length;
     if (short) text.append(more("Show all that was kept of this text", () => { text.replaceChildren(); fill(0, e.tokens.length); }));
     fill(first, last);
-    return el("div", { class: "exemplar" }, el("div", { class: "value", title: `sample ${e.sample}, document ${e.document ?? "·"}` }, figure(e.activation)), text);
+    return el("div", { class: "exemplar" }, el("div", { class: "value", title: `sample ${e.sample}, document ${e.document ?? "·"}` }, figure(e.activation),
+      stronger === null ? null : el("small", {}, stronger < 0.001 ? "< 0.1 %" : number(stronger, 1, true))), text);
   }
 
   function causal(u) {
