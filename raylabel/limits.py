@@ -8,7 +8,7 @@ comes up to LATE seconds after its own may still use it. So any window of w seco
 
     burst + PACE · per_second · (w + LATE) turns,
 
-which is less than burst + per_second · w for windows of five seconds and longer, and never more than a tenth of a second's
+which is less than burst + per_second · w for windows of 13 seconds and longer, and never more than a quarter of a second's
 turns above that. Whoever comes later than LATE reserves again.
 """
 
@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 PACE = 0.98
 """Share of the rate that is reserved."""
-LATE = 0.1
+LATE = 0.25
 """Seconds after its instant in which a turn counts: what a busy machine takes to wake a process."""
 FRESH = 0.2
 """Seconds for which a caller relies on what it last heard about pauses."""
@@ -116,10 +116,10 @@ class Turns:
             answer = await self._ask(amount)
             # What there is to hear of pauses is heard before the turn: the way to the keeper and back is not to be lateness.
             await self._sleep(answer, before=min(2 * self._trip, FRESH / 2))
-            if time.monotonic() + answer.slot - self._now() - self._heard > FRESH:
+            if time.monotonic() + answer.slot - self._now() - self._heard > FRESH / 2:
                 await self._ask(0)
             await self._sleep(answer)
-            if time.monotonic() - self._heard > FRESH + LATE:
+            if time.monotonic() - self._heard > FRESH:
                 await self._ask(0)
             if self._id == answer.keeper and self._until <= answer.slot and self._now() - answer.slot <= LATE:
                 return
