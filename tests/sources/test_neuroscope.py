@@ -142,6 +142,22 @@ def test_a_run_that_is_stopped_while_it_fetches_asks_for_the_rest_alone(
     assert not differing(RunDir(str(tmp_path / "whole")), RunDir(str(tmp_path / "run")))
 
 
+def test_what_a_page_shows_at_bos_is_no_peak(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    loud = Recorded(tiny_model, [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()][:30])
+    for _, acts in loud.texts:
+        for found in acts.values():
+            found[0] = 9.0
+    with Site(loud.page) as site:
+        run_pipeline(config(tiny_model, site.url, tmp_path / "run", run={"stages": ["fetch"]}, identify={"vectors": "unused.bin"}))
+    run = RunDir(str(tmp_path / "run"))
+    rows = run.table("exemplars").to_pylist()
+    assert len(rows) > 100 and not run.table("failures").num_rows
+    for row in rows:
+        first = int(row["start"] == 0)
+        assert row["activation"] == max(row["activations"][first:]) == row["activations"][row["position"]] < 9
+    assert max(run.table("statistics").column("max").to_pylist()) < 9
+
+
 RUDE = {1: "404", 2: "500", 3: "500 once", 4: "hang once", 5: "truncate", 6: "moved", 7: "elsewhere", 8: "foreign", 9: "hostile"}
 WHY = {
     1: "404 Not Found", 2: "500 Internal Server Error; tried 3 times", 5: "cut short or cannot be unpacked; tried 3 times",
