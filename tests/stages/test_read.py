@@ -177,6 +177,30 @@ def test_units_that_the_model_has_not_and_recordings_of_another_model_are_refuse
         run_pipeline(recorded_config(tiny_model, path, tmp_path / "other"))
 
 
+@pytest.mark.parametrize("source", ["recorded", "neuroscope", "neuronpedia"])
+def test_controls_that_nothing_can_be_scanned_for_are_left_out_aloud(source: str, recording: Path, tmp_path: Path) -> None:
+    reads = {
+        "recorded": {"path": str(recording)}, "neuroscope": {"model": "gelu-1l", "url": "http://127.0.0.1:9"},
+        "neuronpedia": {"model": "m", "sources": ["0-x"], "url": "http://127.0.0.1:9"},
+    }  # fmt: skip
+    tree: dict[str, Any] = {
+        "subject": {"model": "none", "layers": [0], "neurons": [0, 2]}, "exemplars": {"source": source, source: reads[source]},
+        "controls": {"decoys": 5, "nulls": 0, "planted": 3}, "run": {"out": str(tmp_path / "run"), "address": "inline"},
+    }  # fmt: skip
+    line = f"none: decoys: 5, planted: 3 left out, exemplars.source is {source} and there is no corpus to scan them on"
+    assert estimate(build_config(tree))["controls"] == line
+    assert estimate(build_config({**tree, "controls": {"decoys": 0}}))["controls"] == line.replace(
+        "decoys: 5, planted: 3 left out, ", ""
+    )
+    if source == "recorded":
+        said: list[str] = []
+        run_pipeline(build_config(tree), said.append)
+        assert said.count(f"controls: {line}") == 1
+        run = RunDir(str(tmp_path / "run"))
+        assert not any(run.controls.table(name).num_rows for name in ("exemplars", "candidates", "results"))
+        assert run.table("calibration").num_rows == 0
+
+
 def test_check_says_what_would_be_read(recording: Path, tmp_path: Path) -> None:
     found = estimate(recorded_config("none", recording, tmp_path / "run", subject={"neurons": [0, 4], "layers": [1]}))
     assert found["bytes"] == recording.stat().st_size and found["files"] == 1 and found["requests"] == 0
