@@ -3,9 +3,13 @@
 The same name is the same limiter in the whole run: of this process, or of all workers on a cluster, where the engine
 installs a provider that asks one actor of the run. A step whose workers take turns says so (`Step.limited`).
 
-Every caller reserves an instant and waits for it by itself. In any window of w seconds the limiter gives at most
-burst + per_second · w; instants are reserved at 0.98 of the rate, which pays for those who come a little late, and
-whoever comes later than that reserves again.
+Every caller reserves an instant and waits for it by itself. Instants are reserved at PACE of the rate, and a caller that
+comes up to LATE seconds after its own may still use it. So any window of w seconds holds at most
+
+    burst + PACE · per_second · (w + LATE) turns,
+
+which is less than burst + per_second · w for windows of 13 seconds and longer, and never more than a quarter of a second's
+turns above that. Whoever comes later than LATE reserves again.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ from typing import NamedTuple, Protocol
 
 PACE = 0.98
 """Share of the rate that is reserved."""
-LATE = 0.02
-"""Seconds after its instant in which a turn counts: PACE · (w + LATE) ≤ w for windows of a second and longer."""
+LATE = 0.25
+"""Seconds after its instant in which a turn counts: what a busy machine takes to wake a process."""
 FRESH = 0.2
 """Seconds for which a caller relies on what it last heard about pauses."""
 
@@ -110,13 +114,20 @@ class Turns:
             raise ValueError(f"a turn takes more than nothing, not {amount}")
         while True:
             answer = await self._ask(amount)
-            # Another keeper has another clock.
-            while self._id == answer.keeper and (left := answer.slot - self._now()) > 0:
-                await asyncio.sleep(left)
+            # What there is to hear of pauses is heard before the turn: the way to the keeper and back is not to be lateness.
+            await self._sleep(answer, before=min(2 * self._trip, FRESH / 2))
+            if time.monotonic() + answer.slot - self._now() - self._heard > FRESH / 2:
+                await self._ask(0)
+            await self._sleep(answer)
             if time.monotonic() - self._heard > FRESH:
                 await self._ask(0)
             if self._id == answer.keeper and self._until <= answer.slot and self._now() - answer.slot <= LATE:
                 return
+
+    async def _sleep(self, answer: Answer, before: float = 0.0) -> None:
+        """Until so many seconds before the instant; no longer where another keeper has another clock."""
+        while self._id == answer.keeper and (left := answer.slot - before - self._now()) > 0:
+            await asyncio.sleep(left)
 
     async def pause(self, seconds: float) -> None:
         await self._keeper.pause(seconds)

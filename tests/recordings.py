@@ -29,10 +29,6 @@ def record(run: RunDir, ids: bool, signs: tuple[int, ...] = (1, -1), neurons: in
             for neuron in range(neurons):
                 for sign in signs:
                     values = (sign * acts[0, :, neuron].float().numpy()).tolist()
-                    special = np.isin(padded[0], list(subject.special_ids))
-                    # A recording says nothing of what its system left out: at special tokens it holds what is no peak.
-                    low = min(value for value, out in zip(values, special.tolist(), strict=True) if not out)
-                    values = [low - 1 if out else value for value, out in zip(values, special.tolist(), strict=True)]
                     row = {"layer": layer, "neuron": neuron, "polarity": sign, "tokens": strings, "activations": values}
                     rows.append(row | ({"token_ids": padded[0].tolist()} if ids else {}))
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import selectors
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raylabel import limits
 from raylabel.limits import LATE, PACE, Answer, Keeper, Reservations, Turns, limiter, set_provider
 
 
@@ -145,3 +149,82 @@ def test_a_keeper_that_lost_its_memory_is_asked_again() -> None:
     assert len(times) == 12
     # Those who heard of it in time begin anew; FRESH bounds how long others go on.
     assert excess([t for t in times if t > forgotten + 0.25], 20, 1, LATE + 0.03) <= 0
+
+
+class Machine(selectors.SelectSelector):
+    """A machine whose clock stands still but in waits, and which wakes late: by `stall()` seconds more than it was to wait."""
+
+    def __init__(self, stall: Any) -> None:
+        super().__init__()
+        self.now, self.stall = 50.0, stall
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout:
+            self.now += timeout + self.stall()
+        return super().select(0)
+
+    def run(self, work: Any) -> Any:
+        """The result of a coroutine, for which this machine's clock is the only one."""
+        loop = asyncio.SelectorEventLoop(self)
+        loop.time = lambda: self.now  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: self.now))
+            try:
+                return loop.run_until_complete(work)
+            finally:
+                loop.close()
+
+
+async def arriving(machine: Machine, gaps: list[float], rate: float, burst: float, callers: int) -> list[float]:
+    """The instants at which those who come one after another get their turns."""
+    turns = [Turns(limits.Here(rate, burst))]
+    turns += [Turns(turns[0]._keeper) for _ in range(callers - 1)]
+    times: list[float] = []
+
+    async def one(at: float, own: Turns) -> None:
+        await asyncio.sleep(at)
+        await own.take()
+        times.append(machine.now)
+
+    at, waiting = 0.0, []
+    for i, gap in enumerate(gaps):
+        at += gap
+        waiting.append(one(at, turns[i % callers]))
+    await asyncio.gather(*waiting)
+    return times
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 0.001, 0.05, 0.4, 3.0]), min_size=1, max_size=80), st.floats(0.5, 200),
+    st.integers(1, 5), st.integers(1, 3), st.integers(0, 10**6), st.floats(0.0, 1.0),
+)  # fmt: skip
+def test_turns_never_exceed_the_rate_in_any_window_however_late_everyone_wakes(
+    gaps: list[float], rate: float, burst: int, callers: int, seed: int, stalls: float
+) -> None:
+    draw = random.Random(seed)
+    machine = Machine(lambda: draw.choice([0.0, draw.expovariate(100), draw.uniform(0, stalls)]))
+    times = machine.run(arriving(machine, gaps, rate, burst, callers))
+    assert len(times) == len(gaps)
+    assert excess(times, rate, burst, LATE) < 1e-6
+
+
+@pytest.mark.parametrize("rate", [5.0, 20.0, 50.0, 200.0])
+def test_waking_late_costs_no_turns(rate: float) -> None:
+    """The reserved pace is kept, whatever the lateness up to LATE."""
+    draw, n = random.Random(0), int(30 * rate)
+    machine = Machine(lambda: draw.uniform(0, LATE - 1e-6))
+    times = machine.run(arriving(machine, [0.0] * n, rate, 1, 2))
+    assert max(times) - min(times) <= (n - 1) / (PACE * rate) + LATE
+    # Longer windows than 13 seconds never hold more than the rate.
+    times = sorted(times)
+    for first in range(0, n, max(1, n // 200)):
+        held = [last for last in range(first, n) if times[last] - times[first] >= 13]
+        assert all(last - first + 1 <= 1 + rate * (times[last] - times[first]) for last in held)
+
+
+def test_who_wakes_later_than_that_takes_another_turn() -> None:
+    draw = random.Random(0)
+    machine = Machine(lambda: draw.choice([0.0] * 9 + [4 * LATE]))
+    times = machine.run(arriving(machine, [0.0] * 300, 20, 1, 1))
+    assert excess(times, 20, 1, LATE) < 1e-6
+    assert max(times) - min(times) > 299 / (PACE * 20) + LATE

@@ -18,7 +18,7 @@ from raylabel.engine.execute import UnitFailed, reason
 from raylabel.engine.inline import InlinePool
 from raylabel.errors import BadInput, RunFailed
 from raylabel.sections import SubjectConfig
-from raylabel.stages import STAGES, pipeline, prepare, refuse_early, settled, skipped_stages
+from raylabel.stages import STAGES, no_controls, pipeline, prepare, refuse_early, settled, skipped_stages
 from raylabel.stages.base import Stage, settings
 from raylabel.stages.failures import write_failures
 from raylabel.store.files import store_error
@@ -63,6 +63,7 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
 
     Raises BadInput for what the user can mend and RunFailed where the run cannot go on.
     """
+    without = no_controls(config)
     config = settled(absolute(config))
     run = RunDir(config.run.out)
     report = Report()
@@ -71,8 +72,8 @@ def run_pipeline(config: RunConfig, say: Say = lambda line: None) -> Report:
     with locked(run.files) as held:
         run.start(config.model_dump(mode="json"))
         prepare(run, config)
-        if "controls" in config.model_fields_set and config.exemplars.source != "corpus":
-            say(f"controls: none, exemplars.source is {config.exemplars.source} and there is no corpus to scan them on")
+        if without:
+            say(f"controls: {without}")
         for name in skipped_stages(config):
             say(f"{name}: skipped, subject.model is none and there is nothing to measure with")
         if any(stage.name == "describe" for stage in wanted):

@@ -5,7 +5,9 @@
 SOURCE is `L-raylabel-SITE`, with `__low` (and `-gate0`) added for other polarities: there a feature has one sign. Batch N
 holds the features from N * 1024 on. All lines of a folder have the same keys, which are those of Neuronpedia's own export
 (utils/neuronpedia-utils, export-data.py); what a run does not know is null or empty. Activations are in the model's
-units, times the sign of the polarity. Explanations carry the label; where a run has no labeller they say so.
+units, times the sign of the polarity; what is larger than a text's maximum stands at a position that does not count, and is
+written as 0. Texts of the top have the bin of that group (binContains -1), others none. Explanations carry the label; where a
+run has no labeller they say so.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def _source(run: RunDir, out: Path, model: str, layer: int, polarity: int, resul
         wanted = {row["neuron"] for row in rows}
         lines = {
             "features": (_feature(base, group, row, numbers.get(row["neuron"])) for row in rows),
-            "activations": _activations(base, [e for e in exemplars if e["neuron"] in wanted]),
+            "activations": _activations(base, [e for e in exemplars if e["neuron"] in wanted], numbers),
             "explanations": (_explanation(base, row) for row in rows if row["label"] and row["status"] != "failed"),
         }
         for name, found in lines.items():
@@ -188,12 +190,12 @@ def _feature(base: Line, group: str, row: Line, numbers: Line | None) -> Line:
     return line
 
 
-def _activations(base: Line, exemplars: list[Line]) -> Iterator[Line]:
+def _activations(base: Line, exemplars: list[Line], numbers: dict[int, Line]) -> Iterator[Line]:
     for row in exemplars:
         if row["tokens"] is None or row["activations"] is None:
             continue
         line: Line = {name: [] if name in _LISTS else None for name in ACTIVATION}
-        values = [0.0 if v is None else v for v in row["activations"]]
+        values = [0.0 if v is None or v > row["activation"] else v for v in row["activations"]]
         index = str(row["neuron"])
         name = [base["modelId"], base["layer"], index, row["sampling"], row["split"], row["rank"]]
         yield line | {
@@ -207,7 +209,13 @@ def _activations(base: Line, exemplars: list[Line]) -> Iterator[Line]:
             "maxValue": row["activation"],
             "minValue": min(values, default=0.0),
             "maxValueTokenIndex": row["position"],
+            **(_top_bin(numbers.get(row["neuron"])) if row["sampling"] == "top" else {}),
         }
+
+
+def _top_bin(numbers: Line | None) -> Line:
+    """How SAEDashboard marks its top group."""
+    return {"binContains": -1.0, "binMin": -1.0, "binMax": numbers["max"] if numbers else None}
 
 
 def _explanation(base: Line, row: Line) -> Line:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylabel.errors import BadInput
+from raylabel.sources.spelling import clean
 
 KEYS = {
     "layer": ("layer",),
@@ -138,11 +139,11 @@ def _row(row: Any, place: str) -> Iterator[Given | Unreadable]:
 
 
 def _given(layer: int, neuron: int, sign: int, label: Any, place: str) -> Given | Unreadable:
-    if not isinstance(label, str) or not label.strip():
+    if not isinstance(label, str) or not (label := " ".join(clean(label).split())):
         return Unreadable(place, "the label is empty")
     if len(label) > MOST:
         return Unreadable(place, f"the label has {len(label)} characters, more than {MOST}")
-    return Given(layer, neuron, sign, " ".join(label.split()), place)
+    return Given(layer, neuron, sign, label, place)
 
 
 def _openai(row: dict[str, Any], place: str) -> Iterator[Given | Unreadable]:
@@ -160,9 +161,9 @@ def _delphi(path: Path, name: str, text: str) -> Given | Unreadable:
     match = _DELPHI.match(path.stem)
     if match is None:
         return Unreadable(name, "not named HOOKPOINT_latentN.txt")
-    layers = re.findall(r"(?<!\d)\d+(?!\d)", match["hook"])
-    if not layers:
-        return Unreadable(name, "its hook point names no layer")
+    layers = re.findall(r"(?<!\d)\d{1,9}(?!\d)", match["hook"])
+    if not layers or len(match["neuron"]) > 9:
+        return Unreadable(name, "its name has no layer and latent")
     label = _json(text)
     return _given(int(layers[0]), int(match["neuron"]), 1, label if isinstance(label, str) else text, name)
 
@@ -170,7 +171,7 @@ def _delphi(path: Path, name: str, text: str) -> Given | Unreadable:
 def _layer(value: Any) -> int | None:
     """A number, or the one that a Neuronpedia source id begins with."""
     if isinstance(value, str):
-        match = re.match(r"\s*(\d+)(?:-\S*)?\s*$", value)
+        match = re.match(r"\s*(\d{1,9})(?:-\S*)?\s*$", value)
         return int(match[1]) if match else None
     return _number(value)
 
@@ -181,5 +182,5 @@ def _number(value: Any) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
         return int(value)
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
     return value if isinstance(value, int) and abs(value) < 1 << 31 else None

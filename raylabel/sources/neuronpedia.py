@@ -33,7 +33,7 @@ from raylabel.sections import NeuronpediaConfig
 from raylabel.sources.fetch import Fetcher, Manners, NotFetched
 from raylabel.sources.neuronpedia_rows import ROWS, Page, index_of, labels, numbers, text_of
 from raylabel.sources.pages import Pages
-from raylabel.sources.reading import BROKEN, lines, parsed, stamp, what
+from raylabel.sources.reading import BROKEN, lines, lines_of, parsed, stamp, what
 from raylabel.sources.records import Bad, Record
 
 KINDS = ("features", "activations", "explanations")
@@ -259,7 +259,7 @@ def _bulk(
                     yield Bad(f"{url}: {why}")
                 return
             body = gzip.GzipFile(fileobj=io.BytesIO(pages.read(entry)))
-            yield from _rows(enumerate(body, 1), f"{source}/{kind}/batch-{number}", kind, model, source, layer)
+            yield from _rows(lines_of(body), f"{source}/{kind}/batch-{number}", kind, model, source, layer)
         except OSError as error:
             yield Bad(f"{url}: {error}")
         number += 1
@@ -271,8 +271,6 @@ def _rows(
     number = 0
     try:
         for number, data in numbered:
-            if not data.strip():
-                continue
             place = f"{name}, line {number}"
             try:
                 row = parsed(data, ROWS[kind])

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -65,17 +65,22 @@ def lines(path: str, first: int = 0, last: int | None = None, line: int = 1) -> 
     """
     with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as opened:
         opened.seek(first)
-        at = first
-        while last is None or at < last:
-            text = opened.readline(LONGEST_LINE)
-            if not text:
-                return
-            if len(text) == LONGEST_LINE:
-                raise ValueError(f"line {line} is longer than {LONGEST_LINE} bytes")
-            at += len(text)
-            if text.strip():
-                yield line, text
-            line += 1
+        yield from lines_of(opened, None if last is None else last - first, line)
+
+
+def lines_of(opened: BinaryIO | gzip.GzipFile, size: int | None = None, line: int = 1) -> Iterator[tuple[int, bytes]]:
+    """The same of an open file, up to `size` bytes from where it stands."""
+    at = 0
+    while size is None or at < size:
+        text = opened.readline(LONGEST_LINE)
+        if not text:
+            return
+        if len(text) == LONGEST_LINE:
+            raise ValueError(f"line {line} is longer than {LONGEST_LINE} bytes")
+        at += len(text)
+        if text.strip():
+            yield line, text
+        line += 1
 
 
 BROKEN = (OSError, EOFError, zlib.error, ValueError)

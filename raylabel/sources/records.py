@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class Text:
         tokens: strings, BOS included where the source has it; as text or in the vocabulary's own spelling (Ġ, ▁). None where
             the source has ids alone: they are then the model's.
         activations: one a token.
-        peak: index of the MAT; None for the first largest activation.
+        peak: index of the MAT; None for the first largest activation. Special tokens do not count (`peak_of`).
         token_ids: one a token, where the source knows them.
         document: names the document the text was cut from; None where the text is all there is.
         sampling: `top`, `quantile`, `random`: why the source has it; None for no reason: it counts by its activation.
@@ -118,8 +118,8 @@ def refuse_sourceless(config: RunConfig) -> None:
         raise BadInput("subject.model: none gives nothing to scan; name a model, or give exemplars.source: recorded")
 
 
-def peak_of(text: Text) -> tuple[int, float, int]:
-    """(index of the MAT, its activation, how many more tokens are equal to it) of a text; ValueError says what is wrong."""
+def refuse_broken(text: Text) -> None:
+    """ValueError says what is wrong with a text."""
     given = text.token_ids if text.tokens is None else text.tokens
     if given is None:
         raise ValueError("neither tokens nor token ids")
@@ -136,19 +136,28 @@ def peak_of(text: Text) -> tuple[int, float, int]:
         raise ValueError("an activation is NaN or infinite")
     if text.sampling not in (None, *SAMPLINGS):
         raise ValueError(f"sampling {text.sampling!r} is none of {', '.join(SAMPLINGS)}")
-    largest = max(values)
-    if text.peak is None:
-        return values.index(largest) if isinstance(values, list) else list(values).index(largest), largest, _ties(values, largest)
-    if not 0 <= text.peak < n:
+    if text.peak is not None and not 0 <= text.peak < n:
         raise ValueError(f"the maximum is said to be at token {text.peak} of {n}")
-    if values[text.peak] < largest - TOLERANCE * abs(largest):
-        raise ValueError(f"the maximum is said to be at token {text.peak}, but there are larger activations")
-    value = values[text.peak]
-    return text.peak, value, _ties(values, value)
 
 
-def _ties(values: Sequence[float], value: float) -> int:
-    return min(sum(v == value for v in values) - 1, 32_767)
+def peak_of(text: Text, special: Collection[int] = ()) -> tuple[int, float, int]:
+    """(index of the MAT, its activation, how many more tokens are equal to it) of a text that is not broken.
+
+    `special` are the indices of special tokens, which do not count, as in a scan: a maximum that is said to be at one of
+    them is looked for among the others. ValueError where none is left, or where others are larger than the one named.
+    """
+    places = [i for i in range(len(text.activations)) if i not in special] if special else range(len(text.activations))
+    if not places:
+        raise ValueError("nothing but special tokens")
+    values = [text.activations[i] for i in places]
+    largest = max(values)
+    peak = places[values.index(largest)]
+    if text.peak is not None and text.peak not in special:
+        peak = text.peak
+        if text.activations[peak] < largest - TOLERANCE * abs(largest):
+            raise ValueError(f"the maximum is said to be at token {peak}, but there are larger activations")
+    value = text.activations[peak]
+    return peak, value, min(sum(v == value for v in values) - 1, 32_767)
 
 
 def checked_statistics(given: dict[str, Any]) -> dict[str, Any]:

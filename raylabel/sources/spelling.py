@@ -17,7 +17,9 @@ from typing import Any
 UNKNOWN = -1
 SPECIAL = frozenset((
     "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<bos>", "<eos>", "<pad>", "<unk>", "<s>", "</s>",
-    "<|im_start|>", "<|im_end|>", "[CLS]", "[SEP]", "[PAD]", "[BOS]", "[EOS]", "<|BOS|>", "<|EOS|>", "<|PAD|>",
+    "<|im_start|>", "<|im_end|>", "[CLS]", "[SEP]", "[PAD]", "[BOS]", "[EOS]", "[MASK]", "[UNK]", "<mask>", "<|BOS|>",
+    "<|EOS|>", "<|PAD|>", "<|padding|>", "<|startoftext|>", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|finetune_right_pad_id|>",
 ))  # fmt: skip
 """Strings that are names of tokens and no text, for records whose tokenizer is not at hand."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

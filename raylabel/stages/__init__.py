@@ -93,6 +93,17 @@ def settled(config: RunConfig) -> RunConfig:
     return config.model_copy(update=sections)
 
 
+def no_controls(config: RunConfig) -> str | None:
+    """Why a run has no controls, and which of those asked for are left out; None for a run over a corpus, which has them."""
+    if config.exemplars.source == "corpus":
+        return None
+    wanted = config.controls
+    asked = [(name, getattr(wanted, name)) for name in ("decoys", "nulls", "planted") if name in wanted.model_fields_set]
+    named = ", ".join(f"{name}: {n}" for name, n in asked if n)
+    left_out = f"{named} left out, " if named else ""
+    return f"none: {left_out}exemplars.source is {config.exemplars.source} and there is no corpus to scan them on"
+
+
 def refuse_early(run: RunDir, config: RunConfig) -> None:
     """Refuses at the start of a run what its explainer would stumble over at the end of it: no key, no model, no prices."""
     if config.describe.explainer != BUILT_IN and not run.complete("labels"):

@@ -18,7 +18,7 @@ from raylabel.errors import BadInput
 from raylabel.llm.prompts import SYSTEM, SYSTEM_MATS
 from raylabel.sources.corpus import chunks, documents
 from raylabel.sources.records import module, without_model
-from raylabel.stages import pipeline, prepare, settled
+from raylabel.stages import no_controls, pipeline, prepare, settled
 from raylabel.stages.describe import AFTER, BEFORE, BUILT_IN
 from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes
 from raylabel.stages.plan_cost import GPU, Rates, Shape, on_gpu, plan
@@ -35,10 +35,11 @@ MARKS, ANSWER = 6, 80
 
 def estimate(config: RunConfig) -> dict[str, Any]:
     """Figures of the run that `config` would make. Raises the BadInput that the run would raise."""
+    without = no_controls(config)
     config = settled(config)
     prepare(RunDir(config.run.out), config)
-    if config.exemplars.source != "corpus":
-        return _source(config)
+    if without:
+        return _source(config, without)
     corpus = config.exemplars.corpus
     if corpus.path is None:
         raise BadInput("exemplars.corpus.path is required: a text file, a folder, or `stdlib`")
@@ -90,8 +91,11 @@ def without_weights(config: RunConfig) -> bool:
     return not any(file.suffix in WEIGHTS for file in folder.iterdir())
 
 
-def _source(config: RunConfig) -> dict[str, Any]:
-    """Figures of a run over another source: what would be read or fetched, known from sizes and numbers alone."""
+def _source(config: RunConfig, controls: str) -> dict[str, Any]:
+    """Figures of a run over another source: what would be read or fetched, known from sizes and numbers alone.
+
+    `controls` says why there are none.
+    """
     source, found = config.exemplars.source, module(config.exemplars.source).estimate(config)
     wanted = config.exemplars
     most = 3 * (wanted.top + wanted.quantile + wanted.random) // 2
@@ -104,7 +108,7 @@ def _source(config: RunConfig) -> dict[str, Any]:
     return {
         "model": config.subject.model, "source": source, **found, "units": units, "texts a unit at most": most,
         "stages": ", ".join(stage.name for stage in pipeline(config)), "variants a unit at most": variants,
-        "decoys": 0,
+        "decoys": 0, "controls": controls,
         **llm_cost(config, units if isinstance(units, int) else 0),
     }  # fmt: skip
 

@@ -7,6 +7,9 @@ make the tables' rows of a range of units of a layer, whatever pieces their reco
 A sample is a whole text as it was recorded. Its ids are those of the subject's tokenizer; where a token string does not
 say which token it was, `own_ids` has a number below 0 and `token_ids` a stand-in, and the sample does not round-trip: what
 depends on that token cannot be reproduced, and `verify` says so. Without a model an id is a hash of the string.
+
+What was recorded at a special token stays among the activations but is no peak, as in a scan: the subject's special tokens,
+and those whose string is the name of one (`spelling.SPECIAL`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylabel.sections import ExemplarsConfig
-from raylabel.sources.records import LARGEST, SAMPLINGS, Record, Text, checked_statistics, peak_of
+from raylabel.sources.records import LARGEST, SAMPLINGS, Record, Text, checked_statistics, peak_of, refuse_broken
 from raylabel.sources.spelling import SPECIAL, UNKNOWN, Spelling, clean, readable, string_id
 from raylabel.stages.statistics import DENSE, TOP_MEAN
 from raylabel.stages.tokenize import split_of
@@ -55,7 +58,7 @@ class Packer:
         self.spelling, self.bos_id, self.fallback = spelling, bos_id, fallback
         self.special: set[int] = set()
         """Ids of special tokens that were met."""
-        self._texts: dict[tuple[Any, ...], Row] = {}
+        self._texts: dict[tuple[Any, ...], tuple[Row, frozenset[int]]] = {}
         self._held = 0
 
     def add(self, record: Record) -> tuple[Row, list[Row], list[str]]:
@@ -79,8 +82,9 @@ class Packer:
         return unit, rows, wrong
 
     def _row(self, record: Record, text: Text) -> Row:
-        position, activation, ties = peak_of(text)
-        sample = self._sample(text)
+        refuse_broken(text)
+        sample, special = self._sample(text)
+        position, activation, ties = peak_of(text, special)
         lead = len(sample["token_ids"]) - len(text.activations)
         return {
             "neuron": record.neuron, "polarity": record.polarity, "site": record.site, "sampling": text.sampling,
@@ -88,7 +92,8 @@ class Packer:
             "activations": np.array([0.0] * lead + list(text.activations), dtype=np.float32), **sample,
         }  # fmt: skip
 
-    def _sample(self, text: Text) -> Row:
+    def _sample(self, text: Text) -> tuple[Row, frozenset[int]]:
+        """What the rows of a text share, and which of its tokens are special."""
         key = (text.tokens and tuple(text.tokens), None if text.token_ids is None else tuple(text.token_ids), text.document)
         if key not in self._texts:
             if self._held > CACHED_TOKENS:
@@ -98,7 +103,7 @@ class Packer:
             self._held += len(text.activations)
         return self._texts[key]
 
-    def _make(self, text: Text) -> Row:
+    def _make(self, text: Text) -> tuple[Row, frozenset[int]]:
         given = None if text.token_ids is None else list(text.token_ids)
         tokens = self._strings(given) if text.tokens is None else [clean(token) for token in text.tokens]
         if self.spelling is None:
@@ -108,19 +113,21 @@ class Packer:
         else:
             pieces, own = self._known(tokens, given)
             names = self.spelling.names
-        if self.bos_id is not None and own[0] not in names and tokens[0] not in SPECIAL:
+        special = frozenset(at for at, (i, token) in enumerate(zip(own, tokens, strict=True)) if i in names or token in SPECIAL)
+        if self.bos_id is not None and 0 not in special:
             own, pieces, tokens = [self.bos_id, *own], ["", *pieces], [names.get(self.bos_id, ""), *tokens]
         self.special |= set(names) & set(own)
         joined = "".join(pieces)
         document = joined if text.document is None else text.document
         ids = [self.fallback if i < 0 else i for i in own]
-        return {
+        row = {
             "digest": hashlib.sha256(json.dumps([ids, joined]).encode()).hexdigest()[:32],
             "split": split_of(document), "tokens": [piece or names.get(i, "") for piece, i in zip(pieces, own, strict=True)],
             "token_ids": ids, "own_ids": own, "ends": np.cumsum([len(piece) for piece in pieces]).tolist(),
             "text": joined, "document": hashlib.sha256(document.encode()).hexdigest()[:32],
             "round_trips": self._round_trips(joined, own, names), "known": sum(i >= 0 for i in own),
         }  # fmt: skip
+        return row, special
 
     def _strings(self, ids: list[int] | None) -> list[str]:
         if self.spelling is None:

@@ -384,11 +384,11 @@ _READS = (
 )  # fmt: skip
 _TABLES = ("samples", "exemplars", "statistics")
 READ = Stage(
-    name="read", version=1, needs=(), tables=_TABLES, steps=_steps, aside=("subject", "vectors"), after=resolve,
+    name="read", version=2, needs=(), tables=_TABLES, steps=_steps, aside=("subject", "vectors"), after=resolve,
     reads=(*_READS, "exemplars.recorded"),
 )  # fmt: skip
 FETCH = Stage(
-    name="fetch", version=1, needs=(), tables=_TABLES, steps=_steps, aside=("subject", "vectors"), after=resolve,
+    name="fetch", version=2, needs=(), tables=_TABLES, steps=_steps, aside=("subject", "vectors"), after=resolve,
     reads=(
         *_READS, "exemplars.neuroscope.model", "exemplars.neuroscope.url", "exemplars.neuronpedia.model",
         "exemplars.neuronpedia.sources", "exemplars.neuronpedia.url",

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from raylabel.config import RunConfig, build_config
+from raylabel.engine.pipeline import run_pipeline
 from raylabel.report.neuronpedia import ACTIVATION, EXPLANATION, FEATURE, export_neuronpedia, model_id, source_id
+from raylabel.sources import neuronpedia
+from raylabel.sources.records import Record
+from raylabel.stages.read import imported_labels
 from raylabel.store.rundir import RunDir
 from tests.conftest import Command
 from tests.report.dressed import dress
@@ -76,9 +81,85 @@ def test_the_values_are_the_runs(run: RunDir, exported: Path) -> None:
         for line, row in zip(folders["activations"], wanted, strict=True):
             assert line["index"] == str(row["neuron"])
             assert line["tokens"] == [t.replace("\0", "\ufffd") for t in row["tokens"]]
-            assert line["values"] == pytest.approx(row["activations"])
+            assert line["values"] == [0.0 if v > row["activation"] else v for v in row["activations"]]
             assert len(line["tokens"]) == len(line["values"])
             assert line["values"][line["maxValueTokenIndex"]] == pytest.approx(line["maxValue"])
+
+
+def imported(exported: Path, source: str, out: Path, **exemplars: Any) -> RunConfig:
+    """A configuration that takes a source of an export in."""
+    [model] = [place.name for place in exported.iterdir()]
+    site = {"model": model, "sources": [source], "url": str(exported)}
+    return build_config({
+        "subject": {"model": "none"}, "exemplars": {"source": "neuronpedia", "neuronpedia": site, **exemplars},
+        "identify": {"vectors": "unused.bin"}, "run": {"out": str(out), "address": "inline", "stages": ["fetch"]},
+    })  # fmt: skip
+
+
+def storable(text: str) -> str:
+    return text.replace("\0", "\ufffd")
+
+
+def test_all_lines_of_a_file_have_the_same_keys_in_the_same_order(exported: Path) -> None:
+    for place in exported.rglob("*.jsonl.gz"):
+        lines = gzip.decompress(place.read_bytes()).decode().split("\n")
+        assert len({tuple(json.loads(line)) for line in lines if line}) == 1
+
+
+def test_the_own_importer_reads_the_same_back(run: RunDir, exported: Path, tmp_path: Path) -> None:
+    site = run.resolved["site"]
+    results = {(r["layer"], r["neuron"], r["polarity"]): r for r in run.table("results").to_pylist()}
+    numbers = {(r["layer"], r["neuron"], r["polarity"]): r for r in run.table("statistics").to_pylist()}
+    exemplars: dict[Any, list[Any]] = {}
+    for row in run.table("exemplars").to_pylist():
+        if row["sampling"] != "random":
+            exemplars.setdefault(tuple(row[name] for name in ("layer", "neuron", "polarity")), []).append(row)
+    seen = 0
+    for layer, polarity in sorted({(at, sign) for at, _, sign in results}):
+        config = imported(exported, source_id(layer, site, polarity)[0], tmp_path)
+        texts: dict[int, list[Any]] = {}
+        for piece in neuronpedia.pieces(config):
+            for record in neuronpedia.records(config, piece):
+                assert isinstance(record, Record) and record.layer == layer
+                key = layer, record.neuron, polarity
+                texts.setdefault(record.neuron, []).extend(record.texts)
+                for label in record.labels:
+                    assert label.label == " ".join(storable(results[key]["label"]).split())
+                    seen += 1
+                for name in ("logits_up", "logits_down"):
+                    if name in record.statistics:
+                        wanted = [(storable(t["token"]), t["value"]) for t in numbers[key][name]]
+                        assert record.statistics[name] == wanted
+        for neuron, found in texts.items():
+            wanted = exemplars.get((layer, neuron, polarity), [])
+            assert len(found) == len(wanted)
+            for text, row in zip(found, wanted, strict=True):
+                assert text.tokens == [storable(t) for t in row["tokens"]]
+                assert text.activations == [0.0 if v > row["activation"] else v for v in row["activations"]]
+                assert (text.peak, text.sampling) == (row["position"], "top" if row["sampling"] == "top" else None)
+    assert seen == sum(bool(" ".join(storable(r["label"]).split())) for r in results.values())
+
+
+def test_a_run_over_an_export_has_its_exemplars_and_labels(finished: RunDir, tmp_path: Path) -> None:
+    export_neuronpedia(finished, tmp_path / "bulk")
+    source = source_id(1, finished.resolved["site"], 1)[0]
+    run_pipeline(imported(tmp_path / "bulk", source, tmp_path / "run", top=60, before=200, after=200))
+    again = RunDir(str(tmp_path / "run"))
+    assert again.table("failures").num_rows == 0
+    keys = ("neuron", "activation", "position", "tokens")
+
+    def shown(run: RunDir) -> set[Any]:
+        """Its positive top exemplars of layer 1."""
+        rows = run.table("exemplars", 1).to_pylist()
+        return {
+            tuple(tuple(row[k]) if k == "tokens" else row[k] for k in keys)
+            for row in rows if (row["sampling"], row["polarity"]) == ("top", 1)
+        }  # fmt: skip
+
+    assert shown(finished) and shown(finished) <= shown(again)
+    said = {r["neuron"]: r["label"] for r in finished.table("results", 1).to_pylist() if r["polarity"] == 1 and r["label"]}
+    labels = {row["neuron"]: row["label"] for row in imported_labels(again, 1).to_pylist()}
+    assert labels and labels == {neuron: " ".join(label.split()) for neuron, label in said.items()}
 
 
 def test_the_same_run_gives_the_same_bytes(run: RunDir, exported: Path, tmp_path: Path) -> None:

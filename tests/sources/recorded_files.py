@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def config_of(path: Path, format: str = "auto", model: str = "none", **sections:
 
 
 def write_plain(rows: list[dict[str, Any]], path: Path) -> Path:
-    """A plain table in the format of the suffix."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """A plain table in the format of the suffix: .feather is a compressed file of Arrow, .ipc a stream."""
+    if path.suffix in (".jsonl", ".gz"):
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
         return path
     schema = pa.schema([
         ("layer", pa.int32()), ("neuron", pa.int64()), ("tokens", pa.list_(pa.string())),
@@ -58,8 +60,12 @@ def write_plain(rows: list[dict[str, Any]], path: Path) -> Path:
     table = pa.Table.from_pylist(rows, schema=schema)
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=3)
+    elif path.suffix == ".ipc":
+        with pa.ipc.new_stream(path, schema) as writer:
+            writer.write_table(table, max_chunksize=3)
     else:
-        with pa.ipc.new_file(path, schema) as writer:
+        packed = pa.ipc.IpcWriteOptions(compression="zstd" if path.suffix == ".feather" else None)
+        with pa.ipc.new_file(path, schema, options=packed) as writer:
             writer.write_table(table, max_chunksize=3)
     return path
 

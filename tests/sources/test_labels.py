@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raylabel.errors import BadInput
 from raylabel.sources.labels import MOST, Given, read_labels
 from tests.shared import SHARED, needs_shared
+from tests.sources.recorded_files import mutations
 
 
 def lines(*rows: object) -> str:
@@ -73,6 +77,65 @@ def test_openais_explanations(tmp_path: Path) -> None:
     found, wrong = read_labels(str(tmp_path))
     assert [(g.layer, g.neuron, g.label) for g in found] == [(1, 40, "years")]
     assert [w.reason for w in wrong] == ["the label is empty"]
+
+
+WRITTEN = st.tuples(st.integers(0, 99), st.integers(0, 10**8), st.text(max_size=30)).filter(lambda row: row[2].strip())
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(WRITTEN, min_size=1, max_size=5), kind=st.sampled_from(["jsonl", "json", "neuronpedia", "delphi", "openai"]))
+def test_labels_come_back_from_every_format(rows: list[tuple[int, int, str]], kind: str) -> None:
+    with TemporaryDirectory() as name:
+        found, wrong = read_labels(str(written(rows, kind, Path(name))))
+    wanted = [(la, n, " ".join(text.split())) for la, n, text in rows]
+    assert not wrong and sorted((g.layer, g.neuron, g.label) for g in found) == sorted(wanted)
+
+
+def written(rows: list[tuple[int, int, str]], kind: str, folder: Path) -> Path:
+    """Labels as their makers write them: a file or a folder."""
+    if kind in ("jsonl", "json"):
+        trees = [{"layer": la, "neuron": n, "label": text} for la, n, text in rows]
+        (folder / f"x.{kind}").write_text(lines(*trees) if kind == "jsonl" else json.dumps(trees))
+        return folder / f"x.{kind}"
+    for i, (la, n, text) in enumerate(rows):
+        if kind == "neuronpedia":
+            row = {"modelId": "m", "layer": f"{la}-res-jb", "index": str(n), "description": text}
+            (folder / f"batch-{i}.jsonl.gz").write_bytes(gzip.compress(lines(row).encode()))
+        elif kind == "delphi":
+            (folder / str(i)).mkdir()
+            (folder / str(i) / f"layers.{la}.mlp_latent{n}.txt").write_text(json.dumps(text))
+        else:
+            row = {"neuron_id": {"layer_index": la, "neuron_index": n}, "scored_explanations": [{"explanation": text}]}
+            (folder / f"{i}.jsonl").write_text(lines(row))
+    return folder
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["jsonl", "json", "neuronpedia", "delphi", "openai"]))
+def test_broken_files_of_labels_never_crash_and_what_is_read_can_be_stored(data: st.DataObject, kind: str) -> None:
+    rows = [(1, 2, "names of birds"), (3, 4, "“years” \ud83d\ude00")]
+    with TemporaryDirectory() as name:
+        place = written([(la, n, text.encode("utf-16", "surrogatepass").decode("utf-16")) for la, n, text in rows], kind, Path(name))
+        file = place if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())[0]
+        file.write_bytes(data.draw(mutations(file.read_bytes())))
+        try:
+            found, _ = read_labels(str(place))
+        except BadInput:
+            return
+    for one in found:
+        assert abs(one.layer) < 2**31 and abs(one.neuron) < 2**31 and one.polarity in (1, -1, 2, -2)
+        assert 0 < len(one.label) <= MOST
+        one.label.encode()
+
+
+def test_numbers_and_texts_that_nothing_can_hold_are_no_labels(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    rows = [{"layer": 1e300, "neuron": 1}, {"layer": "9" * 5000, "neuron": 1}, {"layer": 1, "neuron": "7" * 5000}]
+    path.write_text(lines(*({**row, "label": "x"} for row in rows), '{"layer": 1, "neuron": 2, "label": "\\ud800 birds"}'))
+    found, wrong = read_labels(str(path))
+    assert [(g.layer, g.neuron, g.label) for g in found] == [(1, 2, "\ufffd birds")] and len(wrong) == 3
+    (tmp_path / f"layers.{'9' * 50}_latent1.txt").write_text("x")
+    assert len(read_labels(str(tmp_path))[1]) == 4
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"layer": 0}\n', "\x00\x01"])

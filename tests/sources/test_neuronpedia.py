@@ -208,6 +208,69 @@ def test_texts_survive_the_export(tmp_path_factory: pytest.TempPathFactory, text
     assert found == [(tuple(t), tuple(a), None, "quantile") for t, a in texts]
 
 
+def answered(base: Path, body: bytes) -> list[Record | Bad]:
+    """What is read of the API's answer about feature 0."""
+    config = config_of("https://np.example", base / "run", subject={"neurons": [0, 1]})
+    url = f"https://np.example/api/feature/gpt2-small/{SOURCE}/0"
+    neuronpedia.kept_pages(config).keep(url, body, {})
+    return everything(config)
+
+
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(series, min_size=1, max_size=5), said=st.lists(st.text(max_size=20), max_size=3))
+def test_texts_survive_the_api(tmp_path_factory: pytest.TempPathFactory, texts: list[Any], said: list[str]) -> None:
+    page = feature_of(0) | {
+        "activations": [
+            {"tokens": t, "values": a, "maxValueTokenIndex": a.index(max(a)), "binContains": -1, "dfaValues": None} for t, a in texts
+        ],
+        "explanations": [{"description": text, "scores": []} for text in said],
+    }  # fmt: skip
+    [record] = answered(tmp_path_factory.mktemp("np"), json.dumps(page).encode())
+    assert isinstance(record, Record) and (record.layer, record.neuron) == (6, 0)
+    found = [(t.tokens, t.activations, t.peak, t.sampling) for t in record.texts]
+    assert found == [(t, a, a.index(max(a)), "top") for t, a in texts]
+    assert [label.label for label in record.labels] == [" ".join(text.split()) for text in said if text.strip()]
+    assert record.statistics["logits_up"] == [(" up", 2.0)]
+    packed([record])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_broken_answer_is_one_failure_or_the_feature_that_was_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    whole = feature_of(0)
+    whole["activations"] = whole["activations"][:2]
+    [found] = answered(tmp_path_factory.mktemp("np"), data.draw(mutations(json.dumps(whole).encode())))
+    assert (found.layer, found.neuron) == (6, 0)
+    if isinstance(found, Record):
+        assert len(found.texts) <= 2 + 8
+        packed([found])
+    else:
+        assert f"/api/feature/gpt2-small/{SOURCE}/0: " in found.reason
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_broken_batch_that_was_fetched_never_crashes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    base = tmp_path_factory.mktemp("np")
+    config = config_of("https://np.example/v1", base / "run")
+    for kind in neuronpedia.KINDS:
+        body = (export(base, range(2)) / "v1" / "gpt2-small" / SOURCE / kind / "batch-0.jsonl.gz").read_bytes()
+        changed = data.draw(mutations(body))
+        neuronpedia.kept_pages(config).keep(f"https://np.example/v1/gpt2-small/{SOURCE}/{kind}/batch-0.jsonl.gz", changed, {})
+    packed([item for item in everything(config) if isinstance(item, Record)])
+
+
+def test_a_line_without_an_end_is_a_failure_and_not_all_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylabel.sources.reading.LONGEST_LINE", 10_000)
+    config = config_of("https://np.example/v1", tmp_path / "run")
+    url = f"https://np.example/v1/gpt2-small/{SOURCE}/activations/batch-0.jsonl.gz"
+    neuronpedia.kept_pages(config).keep(url, gzip.compress(b"x" * 1_000_000), {})
+    reasons = [item.reason for item in everything(config) if isinstance(item, Bad)]
+    assert any("activations/batch-0, after line 0: line 1 is longer than 10000 bytes" in reason for reason in reasons)
+
+
 def test_what_is_missing_or_wrong_in_the_settings_is_said(tmp_path: Path) -> None:
     for site, subject, word in (
         ({"sources": []}, {}, "sources is required"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from raylabel.config import RunConfig, build_config
@@ -17,6 +19,7 @@ from raylabel.sources.neuroscope import MODELS, downloads, estimate, page, piece
 from raylabel.stages import settled
 from raylabel.store.rundir import RunDir
 from tests.conftest import Command
+from tests.rundirs import differing
 from tests.served import Recorded
 from tests.sources.rude_site import Site
 
@@ -40,13 +43,13 @@ def site(recorded: Recorded) -> Iterator[Site]:
         yield site
 
 
-def config(model: Path | str, url: str, out: Path, **sections: dict[str, Any]) -> RunConfig:
+def config(model: Path | str, url: str, out: Path, rate: float = 400, **sections: dict[str, Any]) -> RunConfig:
     tree: dict[str, Any] = {
         "subject": {"model": str(model), "device": "cpu", "bos": "always", "context": 32, "layers": [0, 1, 2],
                     "neurons": [0, NEURONS]},
         "exemplars": {
             "source": "neuroscope", "top": 6, "quantile": 3, "random": 4, "before": 5, "after": 3,
-            "neuroscope": {"model": "tiny", "url": url, "requests_per_second": 400, "allow_private": True, "timeout": 2.4,
+            "neuroscope": {"model": "tiny", "url": url, "requests_per_second": rate, "allow_private": True, "timeout": 2.4,
                            "attempts": 3},
         },
         "identify": {"fdr": 0.9},
@@ -85,6 +88,74 @@ def test_again_asks_for_nothing_and_other_settings_read_what_is_kept(tiny_model:
     run_pipeline(config(tiny_model, site.url, tmp_path / "run", **fetch_only, exemplars={"top": 7}))
     assert [p for p in site.paths if p != "/robots.txt"] == pages
     assert max(RunDir(str(tmp_path / "run")).table("exemplars").column("rank").to_pylist()) == 6
+
+
+@pytest.mark.slow
+def test_on_ray_with_a_worker_killed_while_it_fetches_the_tables_are_the_same(
+    tiny_model: Path, recorded: Recorded, tmp_path: Path
+) -> None:
+    struck: list[int] = []
+
+    def page_of(layer: int, neuron: int) -> bytes:
+        # The pages that are measured again have come; these are fetched by two workers.
+        if not struck and len(site.paths) > 26:
+            ours = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::")]
+            for p in ours:
+                if not struck and any(c.raddr and c.raddr.port == site.port for c in p.net_connections("tcp")):
+                    struck.append(p.pid)
+                    p.kill()
+        return recorded.page(layer, neuron)
+
+    with Site(page_of) as site:
+        report = run_pipeline(config(tiny_model, site.url, tmp_path / "run", rate=12, run={"address": "local", "workers": 2}))
+        assert struck and report.failures == 0
+        run_pipeline(config(tiny_model, site.url, tmp_path / "whole"))
+    run = RunDir(str(tmp_path / "run"))
+    assert run.table("verifications").num_rows >= 3
+    assert not differing(RunDir(str(tmp_path / "whole")), run)
+
+
+def test_a_run_that_is_stopped_while_it_fetches_asks_for_the_rest_alone(
+    tiny_model: Path, recorded: Recorded, tmp_path: Path
+) -> None:
+    fetch_only: dict[str, Any] = {"run": {"stages": ["fetch"]}, "identify": {"vectors": "unused.bin"}}
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(line: str) -> None:
+        if "download 1/3" in line:
+            raise Stopped
+
+    with Site(recorded.page) as site:
+        run_pipeline(config(tiny_model, site.url, tmp_path / "whole", **fetch_only))
+        site.paths.clear()
+        wanted = config(tiny_model, site.url, tmp_path / "run", **fetch_only)
+        with pytest.raises(Stopped):
+            run_pipeline(wanted, stop)
+        first = Counter(site.paths)
+        assert 16 < len(first) < 3 * NEURONS
+        site.paths.clear()
+        run_pipeline(wanted)
+    again = Counter(site.paths)
+    assert set(first) & set(again) == {"/robots.txt"} and len(set(first) | set(again)) == 3 * NEURONS + 1
+    assert not differing(RunDir(str(tmp_path / "whole")), RunDir(str(tmp_path / "run")))
+
+
+def test_what_a_page_shows_at_bos_is_no_peak(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    loud = Recorded(tiny_model, [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()][:30])
+    for _, acts in loud.texts:
+        for found in acts.values():
+            found[0] = 9.0
+    with Site(loud.page) as site:
+        run_pipeline(config(tiny_model, site.url, tmp_path / "run", run={"stages": ["fetch"]}, identify={"vectors": "unused.bin"}))
+    run = RunDir(str(tmp_path / "run"))
+    rows = run.table("exemplars").to_pylist()
+    assert len(rows) > 100 and not run.table("failures").num_rows
+    for row in rows:
+        first = int(row["start"] == 0)
+        assert row["activation"] == max(row["activations"][first:]) == row["activations"][row["position"]] < 9
+    assert max(run.table("statistics").column("max").to_pylist()) < 9
 
 
 RUDE = {1: "404", 2: "500", 3: "500 once", 4: "hang once", 5: "truncate", 6: "moved", 7: "elsewhere", 8: "foreign", 9: "hostile"}

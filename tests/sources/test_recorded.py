@@ -30,7 +30,7 @@ from tests.sources.recorded_files import (
 )
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-SUFFIXES = ("jsonl", "parquet", "arrow")
+SUFFIXES = ("jsonl", "jsonl.gz", "parquet", "arrow", "feather", "ipc")
 
 
 def as_rows(records: list[Record]) -> list[dict[str, Any]]:
@@ -118,8 +118,8 @@ def test_stretches_of_a_cache_do_not_change_what_is_read(tmp_path: Path, monkeyp
         assert read_all(config_of(tmp_path, model="gpt2"))[0] == whole
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "openai", "saedashboard", "delphi"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("kind", [*SUFFIXES, "openai", "saedashboard", "delphi"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_broken_files_are_named_and_never_crash(kind: str, data: Any) -> None:
     texts = [(["the", " fox", " ran"], [0.0, 1.5, -0.25]), ([" a", "é"], [2.0, 0.5])]
@@ -134,6 +134,7 @@ def test_broken_files_are_named_and_never_crash(kind: str, data: Any) -> None:
             path.write_text(json.dumps(tree))
         else:
             path = write_plain(rows, folder / f"x.{kind}")
+        kind = recorded.SUFFIXES.get(f".{kind}", kind)
         whole = len(read_all(config_of(path, kind, "gpt2"))[0])
         path.write_bytes(data.draw(mutations(path.read_bytes())))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from raylabel.sections import ExemplarsConfig
 from raylabel.sources.records import Record, Text, peak_of
+from raylabel.sources.spelling import Spelling
 from raylabel.stages.packing import Packer, choose, pruned
 from raylabel.stages.tokenize import split_of
 
@@ -79,6 +81,35 @@ def test_units_that_cannot_be_are_refused() -> None:
 def test_the_peak_is_the_first_largest_and_ties_are_counted() -> None:
     assert peak_of(Text(["a", "b", "c"], [-2.0, -1.0, -1.0])) == (1, -1.0, 1)
     assert peak_of(Text(["a", "b", "c"], [2.0, 1.0, 2.0], peak=2)) == (2, 2.0, 1)
+
+
+@pytest.mark.parametrize("peak", [None, 0, 4])
+def test_a_special_token_is_no_peak_whatever_was_recorded_there(peak: int | None) -> None:
+    packer, tokens = Packer(None), ["<|endoftext|>", " a", " b", " b", "<|endoftext|>", "<pad>"]
+    values = [90.0, 1.0, 2.0, 2.0, 90.0, 91.0]
+    _, [row], wrong = packer.add(Record(0, 0, [Text(tokens, values, peak)]))
+    assert not wrong
+    assert (row["position"], row["activation"], row["mat_ties"]) == (2, 2.0, 1)
+    assert row["activations"].tolist() == values and row["text"] == " a b b"
+    _, rows, [wrong] = packer.add(Record(0, 0, [Text(["<s>", "</s>"], [1.0, 2.0])]))
+    assert rows == [] and wrong == "text 1: nothing but special tokens"
+    with pytest.raises(ValueError, match="at token 1, but there are larger activations"):
+        peak_of(Text(tokens, values, 1), {0, 4, 5})
+
+
+def test_the_subjects_own_special_tokens_are_no_peak_by_string_or_id(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    [special, *_], body = sorted(set(tokenizer.all_special_ids)), tokenizer.encode(" the fox", add_special_tokens=False)
+    ids = [special, *body, special]
+    values = [5.0, *range(1, len(body) + 1), 7.0]
+    strings = tokenizer.convert_ids_to_tokens(ids)
+    packer = Packer(Spelling(tokenizer.backend_tokenizer, [special]))
+    for text in (Text(None, values, token_ids=ids), Text(strings, values), Text(strings, values, 0, ids)):
+        _, [row], wrong = packer.add(Record(0, 0, [text]))
+        assert not wrong and row["own_ids"] == ids
+        assert (row["position"], row["activation"]) == (len(body), len(body))
 
 
 def test_bos_goes_in_front_where_it_is_missing_and_only_there() -> None:

@@ -73,9 +73,7 @@ def test_a_recording_gives_the_exemplars_of_the_scan_that_it_was_made_from(scann
     assert sum(map(len, wanted.values())) > 60
     firsts = [run.table("exemplars", filter=(pc.field("sampling") == "top") & (pc.field("rank") == 0)) for run in (scanned, read)]
     for a, b in zip(*(table.to_pylist() for table in firsts), strict=True):
-        # What the model gives at BOS counts for nothing and was not recorded.
-        first = 1 if a["start"] == 0 else 0
-        assert a["tokens"] != b["tokens"] or a["activations"][first:] == pytest.approx(b["activations"][first:], abs=1e-4)
+        assert a["tokens"] != b["tokens"] or a["activations"] == pytest.approx(b["activations"], abs=1e-4)
     for name in ("max", "top_mean"):
         a, b = (run.table("statistics").column(name).to_pylist() for run in (scanned, read))
         # A unit that is active in nothing recorded has no top.
@@ -177,6 +175,30 @@ def test_units_that_the_model_has_not_and_recordings_of_another_model_are_refuse
     path = write_rows([{**good, "tokens": ["日本", "語"]}], tmp_path / "b.jsonl")
     with pytest.raises(BadInput, match=r"has only . of . recorded tokens"):
         run_pipeline(recorded_config(tiny_model, path, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("source", ["recorded", "neuroscope", "neuronpedia"])
+def test_controls_that_nothing_can_be_scanned_for_are_left_out_aloud(source: str, recording: Path, tmp_path: Path) -> None:
+    reads = {
+        "recorded": {"path": str(recording)}, "neuroscope": {"model": "gelu-1l", "url": "http://127.0.0.1:9"},
+        "neuronpedia": {"model": "m", "sources": ["0-x"], "url": "http://127.0.0.1:9"},
+    }  # fmt: skip
+    tree: dict[str, Any] = {
+        "subject": {"model": "none", "layers": [0], "neurons": [0, 2]}, "exemplars": {"source": source, source: reads[source]},
+        "controls": {"decoys": 5, "nulls": 0, "planted": 3}, "run": {"out": str(tmp_path / "run"), "address": "inline"},
+    }  # fmt: skip
+    line = f"none: decoys: 5, planted: 3 left out, exemplars.source is {source} and there is no corpus to scan them on"
+    assert estimate(build_config(tree))["controls"] == line
+    assert estimate(build_config({**tree, "controls": {"decoys": 0}}))["controls"] == line.replace(
+        "decoys: 5, planted: 3 left out, ", ""
+    )
+    if source == "recorded":
+        said: list[str] = []
+        run_pipeline(build_config(tree), said.append)
+        assert said.count(f"controls: {line}") == 1
+        run = RunDir(str(tmp_path / "run"))
+        assert not any(run.controls.table(name).num_rows for name in ("exemplars", "candidates", "results"))
+        assert run.table("calibration").num_rows == 0
 
 
 def test_check_says_what_would_be_read(recording: Path, tmp_path: Path) -> None:
