@@ -104,6 +104,10 @@ _TABLES: dict[str, list[tuple[str, pa.DataType]]] = {
         # the same against hard negatives: windows that hold what the unit fires on, or what is near it, and leave it silent
         *((f"{name}_hard", pa.float32()) for name in ("value", "shuffled", "corrected", "low", "high", "lookup")),
         ("n_hard", pa.int32()),
+        # of a label with several meanings: each by itself, on the active windows that belong to it and all silent ones
+        ("meanings", pa.list_(pa.struct([
+            ("label", pa.string()), ("corrected", pa.float32()), ("low", pa.float32()), ("high", pa.float32()), ("n", pa.int32()),
+        ]))),
     ],
     "results": [
         *_unit, ("label", pa.string()), ("description", pa.string()), ("concept_words", _strings),

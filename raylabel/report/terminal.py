@@ -230,6 +230,9 @@ def scores_table(rows: list[dict[str, Any]]) -> Table:
             Text(clean(row["label_source"])), row["scorer"], number(row["value"]), number(row["shuffled"]), corrected,
             number(row["lookup"]), str(row["n"]), str(row["n_failed"]), hard,
         )  # fmt: skip
+        for m in row.get("meanings") or []:
+            value = Text(f"{number(m['corrected'])} [{number(m['low'])}, {number(m['high'])}]")
+            table.add_row(Text(f"  {clean(m['label'])}"), row["scorer"], "", "", value, "", str(m["n"]), "", "")
     return table
 
 

@@ -283,14 +283,20 @@ def number(seed: int, unit: Unit, what: Any) -> int:
 
 @dataclass
 class Labelled:
-    """A unit's label and the other units' that it is compared with."""
+    """A unit's label and the other units' that it is compared with.
+
+    Attributes:
+        meanings: labels of its meanings where they are tested apart, `belongs` the meaning of active windows by sample.
+    """
 
     trial: Trial
     source: str
     label: str
     others: list[str] = field(default_factory=list)
+    meanings: list[str] = field(default_factory=list)
+    belongs: dict[int, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
-        """The own label first."""
-        return [self.label, *self.others]
+        """All that is asked about: the own label, the other units', the meanings'."""
+        return [self.label, *self.others, *self.meanings]

@@ -34,7 +34,7 @@ class Prediction:
 
     Attributes:
         windows: that it saw.
-        answers: [labels, windows], NaN for no answer; of a simulation [labels, tokens of all windows].
+        answers: [labels, windows], the labels being `Labelled.labels`; NaN for no answer; of a simulation [labels, tokens of all windows].
         lookup: [windows], or [tokens]: the lookup table's answers.
         truth: whether each answer should be a yes; None: where the unit is active. Of a simulation, the activations.
     """
@@ -57,17 +57,30 @@ def row_of(item: Labelled, scorer: str, found: Prediction, seed: int, layer: int
     documents = np.repeat([w.document for w in windows], counts).astype(np.int64)
     yes = np.array([w.active for w in windows], bool) if found.truth is None else found.truth
     hard = np.repeat(np.array([w.hard for w in windows], bool), counts)
+    whole = found.answers[: 1 + len(item.others)]
     for suffix, kept in (("", ~hard), ("_hard", hard | (yes if scorer != "simulation" else False))):
         if suffix and not hard.any():
             continue
-        parts = found.answers[:, kept], yes[kept], documents[kept]
+        parts = whole[:, kept], yes[kept], documents[kept]
         got = MEASURES[scorer](*parts, draw)
         table = MEASURES[scorer](found.lookup[None, kept], *parts[1:], draw)
         row |= {f"{name}{suffix}": number(getattr(got, name)) for name in ("value", "shuffled", "corrected", "low", "high")}
         row |= {f"lookup{suffix}": number(table.value), f"n{suffix}": got.n}
         if not suffix:
             row["n_failed"] = got.n_failed
+    if item.meanings:
+        # Which meaning a window has; -1 for the silent ones, which all meanings have in common.
+        of = np.repeat([item.belongs.get(w.sample, -2) if w.active else -1 for w in windows], counts).astype(np.int64)
+        row["meanings"] = [
+            _meaning(name, MEASURES[scorer](np.stack([own, *whole[1:]])[:, kept], yes[kept], documents[kept], draw))
+            for k, (name, own) in enumerate(zip(item.meanings, found.answers[1 + len(item.others) :], strict=True))
+            for kept in [~hard & ((of == k) | (of == -1))]
+        ]
     return row
+
+
+def _meaning(name: str, got: Value) -> dict[str, Any]:
+    return {"label": name, "n": got.n, **{c: number(getattr(got, c)) for c in ("corrected", "low", "high")}}
 
 
 def agreement_row(

@@ -21,6 +21,7 @@ from raylabel.stages.results import SOURCE, label
 from raylabel.stages.score import SHUFFLED, Labelled, Leak, Trial, Unit, around, other_labels, refuse_leak, trial
 from raylabel.stages.score_llm import ASKED, ask_all
 from raylabel.stages.score_local import judge_odds, likeness, said
+from raylabel.stages.score_meanings import apart, several
 from raylabel.stages.score_measure import PEAKS, Negatives, Wish
 from raylabel.stages.score_rows import CONCEPT, UNASSISTED, agreement_row, of_windows, of_words, row_of, sort_rows
 from raylabel.stages.units import wanted_units
@@ -113,7 +114,7 @@ class Scorer:
     def _agreements(self, layer: int, items: list[Labelled], odds: list[np.ndarray]) -> list[Row]:
         concepts = {item.trial.unit: got[0] for item, got in zip(items, odds, strict=True) if item.source == CONCEPT}
         found = [
-            agreement_row(item, got, concepts[item.trial.unit], self.config.run.seed, layer)
+            agreement_row(item, got[: 1 + len(item.others)], concepts[item.trial.unit], self.config.run.seed, layer)
             for item, got in zip(items, odds, strict=True)
             if item.source not in (CONCEPT, *UNASSISTED) and item.trial.unit in concepts
         ]
@@ -206,9 +207,33 @@ class ScoreWorker:
             Labelled(found, source, labels[source][u], others_of(u, source, labels, seed))
             for u, found in trials.items() for source in sorted(labels) if u in labels[source]
         ]  # fmt: skip
+        self._part(run, layer, neurons, items)
         rows, failures = self.scorer.rows(layer, items)
         table = from_rows(sort_rows(rows), "scores", bool(controls))
         return Output([Shard("scores", table, layer, bool(controls))], failures=failures, notes=self.scorer.tally)
+
+    def _part(self, run: RunDir, layer: int, neurons: tuple[int, int], items: list[Labelled]) -> None:
+        """Sets the meanings of those labels that have several."""
+        given = several(run, layer)
+        wanted = {item.trial.unit for item in items if (item.source, item.trial.unit) in given}
+        if not wanted:
+            return
+        numbers = pc.field("neuron").isin(sorted({unit[1] for unit in wanted}))
+        tables = {name: run.table(name, layer, neurons, filter=numbers).to_pylist() for name in ("exemplars", "candidates")}
+        rows: dict[Unit, list[Row]] = {}
+        for row in tables["exemplars"]:
+            rows.setdefault(unit_of(row), []).append(row)
+        candidates = {unit_of(row): row for row in tables["candidates"]}
+        background, special = self.scorer.background, set(self.run.resolved["special_ids"])
+        for item in items:
+            unit = item.trial.unit
+            if (item.source, unit) in given and unit in candidates:
+                found = apart(
+                    given[item.source, unit], rows[unit], candidates[unit], item.trial, special, self.config.identify.window,
+                    lambda words, phrases: (background.words(words), background.phrases(phrases)),
+                )  # fmt: skip
+                if found is not None:
+                    item.meanings, item.belongs = found.labels, found.belongs
 
 
 def refuse_leaks(run: RunDir) -> None:

@@ -17,6 +17,8 @@ MOST = 4
 APART, ALIKE = 0.2, 0.04
 """How much more alike families of one group are than those of different groups, and how alike the latter are at most."""
 SMALLEST = 0.15
+WEIGHTS = (0.75, 0.25)
+"""Of word and of phrase vectors."""
 
 
 def groups(words: np.ndarray, phrases: np.ndarray, families: Sequence[int]) -> np.ndarray:
@@ -55,7 +57,7 @@ def groups(words: np.ndarray, phrases: np.ndarray, families: Sequence[int]) -> n
 def _similarity(words: np.ndarray, phrases: np.ndarray, number: np.ndarray) -> np.ndarray:
     """float64 [families, families]: mean of the cosines of the families' mean word and mean phrase vectors."""
     total = np.zeros((number.max() + 1, number.max() + 1))
-    for vectors, weight in ((words, 0.75), (phrases, 0.25)):
+    for vectors, weight in zip((words, phrases), WEIGHTS, strict=True):
         means = np.zeros((number.max() + 1, vectors.shape[1]))
         np.add.at(means, number, vectors.astype(np.float64))
         length = np.linalg.norm(means, axis=1, keepdims=True)

@@ -112,6 +112,14 @@ def test_the_same_again(run: RunDir, tiny_model: Path, tiny_corpus: Path, judge:
     monkeypatch.setattr("raylabel.stages.score_stage.NEURONS", 5)
     with served(rule) as server:
         other = ran(tiny_model, tiny_corpus, tmp_path / "run", judge, server.url)
+        # delphi asks for every score again, whatever is there.
+        asked, made = len(server.requests), other.manifest("score")
+        ran(tiny_model, tiny_corpus, tmp_path / "run", judge, server.url)
+        assert len(server.requests) == asked > 0 and RunDir(str(tmp_path / "run")).manifest("score") == made
+        (tmp_path / "run" / "_manifest" / "score" / f"{min(made)}.json").unlink()
+        ran(tiny_model, tiny_corpus, tmp_path / "run", judge, server.url)
+        again = RunDir(str(tmp_path / "run")).manifest("score")
+        assert len(server.requests) == asked and [i for i in made if again[i] != made[i]] == [min(made)]
     for a, b in ((run, other), (run.controls, other.controls)):
         one, two = (x.table("scores").to_pylist() for x in (a, b))
         assert len(one) == len(two)

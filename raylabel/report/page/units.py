@@ -172,7 +172,12 @@ def _unit(layer: int, key: Key, result: Tree, rows: dict[str, Any]) -> Tree:
         }
     if rows["scores"]:
         tree["scores"] = [
-            {"source": shown(r["label_source"]), "scorer": shown(r["scorer"]), **_numbers("scores", r)} for r in rows["scores"]
+            {"source": shown(source), "scorer": shown(r["scorer"]), **_numbers("scores", part)}
+            for r in rows["scores"]
+            # Meanings of their own stand below the whole label.
+            for source, part in [
+                (r["label_source"], r), *((f"{r['label_source']}: {m['label']}", m) for m in r.get("meanings") or [])
+            ]
         ]
     return tree
 
