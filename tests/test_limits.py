@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylabel import limits
@@ -194,6 +194,7 @@ async def arriving(machine: Machine, gaps: list[float], rate: float, burst: floa
     return times
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0.0, 0.0, 0.001, 0.05, 0.4, 3.0]), min_size=1, max_size=80), st.floats(0.5, 200),
     st.integers(1, 5), st.integers(1, 3), st.integers(0, 10**6), st.floats(0.0, 1.0),

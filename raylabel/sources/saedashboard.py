@@ -115,6 +115,7 @@ def _record(tree: Any, layer: int, place: str) -> Record | Bad:
         "logits_up": list(zip(feature.pos_str, feature.pos_values, strict=True)) or None,
         "logits_down": list(zip(feature.neg_str, feature.neg_values, strict=True)) or None,
         "dense": None if feature.frac_nonzero is None else feature.frac_nonzero > DENSE,
-        "dead": True if feature.frac_nonzero == 0 and not texts else None,
+        # The share is rounded.
+        "dead": True if feature.frac_nonzero == 0 and not any(v > 0 for text in texts for v in text.activations) else None,
     }
     return Record(layer, feature.feature_index, texts, statistics=numbers, place=place)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
+from raylabel.config import build_config
 from raylabel.limits import LATE, limiter, set_provider
+from raylabel.sources import neuroscope
 from raylabel.sources.fetch import Counts, Fetcher, Manners, NotFetched, public, retry_after, same_site
 from raylabel.sources.neuroscope_page import looks_whole
 from raylabel.sources.pages import Pages
@@ -52,6 +54,36 @@ def fetch(
         return found, fetcher.counts
 
     return asyncio.run(run())
+
+
+def test_nothing_is_kept_of_a_page_but_its_file(tmp_path: Path) -> None:
+    import gc
+    import tracemalloc
+
+    sizes = []
+    with Site(large) as site:
+        config = build_config({
+            "subject": {"model": "none", "layers": [0], "neurons": [0, 160]}, "run": {"out": str(tmp_path)},
+            "exemplars": {"source": "neuroscope", "neuroscope": {
+                "model": "tiny", "url": site.url, "requests_per_second": 2000, "allow_private": True,
+            }},
+        })  # fmt: skip
+        tracemalloc.start()
+        try:
+            for first in range(0, 160, 40):
+                notes = neuroscope.fetch_pages(config, [(0, n) for n in range(first, first + 40)])
+                assert notes["pages"] == 40 and notes["bytes"] > 40 * 20_000
+                gc.collect()
+                sizes.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+    # A page has twenty thousand bytes and more; clients have caches of addresses, and the test's site remembers who asked.
+    assert sizes[-1] - sizes[1] < 80 * 4000
+
+
+def large(layer: int, neuron: int) -> bytes:
+    words = [f" {'word' * 20}{neuron}"] * 250
+    return build("tiny", layer, neuron, [Shown(["<|endoftext|>", *words], [0.0, *map(float, range(250))])])
 
 
 RUDE = {

@@ -113,9 +113,8 @@ def written(rows: list[tuple[int, int, str]], kind: str, folder: Path) -> Path:
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["jsonl", "json", "neuronpedia", "delphi", "openai"]))
 def test_broken_files_of_labels_never_crash_and_what_is_read_can_be_stored(data: st.DataObject, kind: str) -> None:
-    rows = [(1, 2, "names of birds"), (3, 4, "“years” \ud83d\ude00")]
     with TemporaryDirectory() as name:
-        place = written([(la, n, text.encode("utf-16", "surrogatepass").decode("utf-16")) for la, n, text in rows], kind, Path(name))
+        place = written([(1, 2, "names of birds"), (3, 4, "“years” 😀")], kind, Path(name))
         file = place if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())[0]
         file.write_bytes(data.draw(mutations(file.read_bytes())))
         try:

@@ -74,6 +74,7 @@ def config_of(url: str | Path, out: Path, **sections: Any) -> RunConfig:
     return build_config({
         "subject": {"model": "none", **sections.pop("subject", {})},
         "exemplars": {"source": "neuronpedia", "neuronpedia": site, "top": 6}, "run": {"out": str(out), "address": "inline"},
+        "optimize": {"evaluations": 4, "examples": 8, "rounds": 0, "restarts": 0},
     })  # fmt: skip
 
 
@@ -221,7 +222,8 @@ def answered(base: Path, body: bytes) -> list[Record | Bad]:
 def test_texts_survive_the_api(tmp_path_factory: pytest.TempPathFactory, texts: list[Any], said: list[str]) -> None:
     page = feature_of(0) | {
         "activations": [
-            {"tokens": t, "values": a, "maxValueTokenIndex": a.index(max(a)), "binContains": -1, "dfaValues": None} for t, a in texts
+            {"tokens": t, "values": a, "maxValueTokenIndex": a.index(max(a)), "binContains": -1, "dfaValues": None}
+            for t, a in texts
         ],
         "explanations": [{"description": text, "scores": []} for text in said],
     }  # fmt: skip

@@ -53,6 +53,7 @@ def config(model: Path | str, url: str, out: Path, rate: float = 400, **sections
                            "attempts": 3},
         },
         "identify": {"fdr": 0.9},
+        "optimize": {"evaluations": 8, "examples": 16, "rounds": 1, "restarts": 1, "steps": 4},
         "run": {"out": str(out), "address": "inline", "max_failures": 0.5},
     }  # fmt: skip
     for name, values in sections.items():
@@ -148,7 +149,8 @@ def test_what_a_page_shows_at_bos_is_no_peak(tiny_model: Path, tiny_corpus: Path
         for found in acts.values():
             found[0] = 9.0
     with Site(loud.page) as site:
-        run_pipeline(config(tiny_model, site.url, tmp_path / "run", run={"stages": ["fetch"]}, identify={"vectors": "unused.bin"}))
+        fetch_only: dict[str, Any] = {"run": {"stages": ["fetch"]}, "identify": {"vectors": "unused.bin"}}
+        run_pipeline(config(tiny_model, site.url, tmp_path / "run", **fetch_only))
     run = RunDir(str(tmp_path / "run"))
     rows = run.table("exemplars").to_pylist()
     assert len(rows) > 100 and not run.table("failures").num_rows

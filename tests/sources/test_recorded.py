@@ -12,9 +12,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from raylabel.config import build_config
 from raylabel.errors import BadInput
 from raylabel.sources import reading, recorded
 from raylabel.sources.records import Record
+from raylabel.sources.spelling import SPECIAL
+from raylabel.store.rundir import RunDir
+from tests.conftest import Command
 from tests.shared import SHARED, needs_shared
 from tests.sources.recorded_files import (
     config_of,
@@ -202,3 +206,64 @@ def test_real_recordings() -> None:
     assert (record.layer, record.neuron, len(record.texts)) == (1, 1, 200)
     assert packed([record]) == 200
     assert record.statistics["kurtosis"] == 195.6007
+
+
+REAL = {
+    # Units that fire and that do not, format, files, and what the recording's own header says.
+    "saedashboard-gpt2": ({(0, 0), (0, 2), (0, 3)}, {(0, 1)}, "saedashboard", 2, {}),
+    "openai-neuron-explainer": ({(1, 1)}, set(), "openai", 1, {"kurtosis": 195.6007}),
+}
+
+
+@needs_shared
+@pytest.mark.shared
+@pytest.mark.parametrize("name", REAL)
+def test_real_recordings_through_check_and_the_read_stage(name: str, tmp_path: Path, command: Command) -> None:
+    units, dead, format, files, header = REAL[name]
+    tree = {
+        "subject": {"model": "none"}, "identify": {"vectors": "unused.bin"},
+        "exemplars": {"source": "recorded", "recorded": {"path": str(SHARED / "recorded" / name)}},
+        "run": {"out": str(tmp_path / "run"), "address": "inline", "stages": ["read"]},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    code, out, err = command("check", tmp_path / "run.yaml", "--json")
+    said = json.loads(out)
+    assert (code, said["format"], said["files"], said["requests"], said["decoys"]) == (0, format, files, 0, 0), err
+    code, _, err = command("run", tmp_path / "run.yaml")
+    assert code == 0, err
+    run = RunDir(str(tmp_path / "run"))
+    assert run.table("failures").num_rows == 0
+    rows = run.table("exemplars").to_pylist()
+    assert {(row["layer"], row["neuron"]) for row in rows} == units
+    tops = [row for row in rows if row["sampling"] == "top"]
+    assert len(tops) >= 25 * len(units)
+    for row in rows:
+        assert len(row["tokens"]) == len(row["activations"]) == len(row["token_ids"])
+        assert row["activations"][row["position"]] == row["activation"] and row["tokens"][row["position"]] not in SPECIAL
+        plain = [a for t, a in zip(row["tokens"], row["activations"], strict=True) if t not in SPECIAL]
+        assert row["activation"] == max(plain)
+    records, _ = read_all(build_config(tree))
+    largest = {(r.layer, r.neuron): max(max(t.activations) for t in r.texts if t.sampling == "top") for r in records}
+    statistics = run.table("statistics").to_pylist()
+    assert {(row["layer"], row["neuron"]) for row in statistics} == units | dead
+    for row in statistics:
+        if (row["layer"], row["neuron"]) in dead:
+            assert row["dead"] and row["max"] == 0 and row["top_mean"] is None
+            continue
+        best = max(r["activation"] for r in tops if (r["layer"], r["neuron"]) == (row["layer"], row["neuron"]))
+        assert row["max"] == pytest.approx(largest[row["layer"], row["neuron"]]) == pytest.approx(best)
+        assert all(row[key] == pytest.approx(value) for key, value in header.items())
+
+
+@needs_shared
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["n2g-max-activations", "feature-circuits-annotations", "openai-neuron-explainer/puzzles.json"])
+def test_what_lies_beside_them_is_no_recording_and_is_refused_or_listed(name: str, tmp_path: Path, command: Command) -> None:
+    """Maxima, labels and puzzles: no text of a unit with its activations."""
+    tree = {
+        "subject": {"model": "none"}, "exemplars": {"source": "recorded", "recorded": {"path": str(SHARED / "recorded" / name)}},
+        "run": {"out": str(tmp_path / "run"), "address": "inline", "stages": ["read"]}, "identify": {"vectors": "unused.bin"},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    code, _, err = command("run", tmp_path / "run.yaml")
+    assert code == 2 and "exemplars.recorded" in err.strip().splitlines()[-1] and "Traceback" not in err
