@@ -22,7 +22,7 @@ from raylabel.llm import client as client_module
 from raylabel.report.status import stage_rows
 from raylabel.stages import describe_stage
 from raylabel.stages.arrays import table_bytes
-from raylabel.stages.check import llm_cost
+from raylabel.stages.llm_cost import llm_cost
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.tables import from_rows
