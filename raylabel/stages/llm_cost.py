@@ -83,8 +83,8 @@ def _scored(config: RunConfig, scorer: str) -> Asked:
     active, labels = wanted.top // 2 + wanted.quantile, 1 + SHUFFLED
     if scorer == "simulation":
         words = int(2 * SIMULATED * score.window / WORD)
-        one = Asked(1, _static(simulation_messages("", [])[0]) + LABEL + int(words * (WORD + 4)) + _schema(Activations), words // 2 * LINE)
-        return one.times(labels)
+        prompt = _static(simulation_messages("", [])[0]) + LABEL + int(words * (WORD + 4)) + _schema(Activations)
+        return Asked(1, prompt, words // 2 * LINE).times(labels)
     # Fuzzing also marks wrong words of active windows, in place of silent windows.
     windows, text = active + score.negatives, score.window + MARKS
     if score.packing == "peer":

@@ -3,8 +3,8 @@
 The groups that `describe` found among the top exemplars of the explain split stand for the meanings, in this order. An active
 window of the score split belongs to the group that its word and phrase are nearest to, by the same vectors and weights; the
 meanings' own words have no say in it. A meaning is tested on the active windows that belong to it and on all silent
-ones, against the same other units' labels as the whole label; the same questions answer both. A label whose meanings were not made
-from the groups (an explainer may find others) is tested as a whole only.
+ones, against the same other units' labels as the whole label; the same questions answer both. A label whose meanings were not
+made from the groups (an explainer may find others) is tested as a whole only.
 """
 
 from __future__ import annotations

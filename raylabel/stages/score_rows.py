@@ -34,7 +34,8 @@ class Prediction:
 
     Attributes:
         windows: that it saw.
-        answers: [labels, windows], the labels being `Labelled.labels`; NaN for no answer; of a simulation [labels, tokens of all windows].
+        answers: [labels, windows], the labels being `Labelled.labels`; NaN for no answer; of a simulation [labels, tokens of all
+            windows].
         lookup: [windows], or [tokens]: the lookup table's answers.
         truth: whether each answer should be a yes; None: where the unit is active. Of a simulation, the activations.
     """

@@ -133,7 +133,7 @@ def test_meanings_that_are_not_the_groups_are_not_parted(unit: tuple[list[dict[s
 
 
 def test_what_has_no_vector_belongs_to_no_meaning(unit: tuple[list[dict[str, Any]], Trial]) -> None:
-    given, found = unit
+    given, _ = unit
     strange = [{**r, "tokens": [" zzz" if t == r["position"] else w for t, w in enumerate(r["tokens"])]}
                if r["split"] == "score" and r["rank"] < 5 and r["sampling"] == "top" else r for r in given]  # fmt: skip
     other = trial(UNIT, strange, 1.0, **TRIAL)  # type: ignore[arg-type]
