@@ -31,7 +31,8 @@ from raylabel.sections import DescribeConfig, ScoreConfig
 from raylabel.stages import score_llm
 from raylabel.stages.describe import question, seen
 from raylabel.stages.planting import from_json
-from raylabel.stages.score import Labelled, Trial, number, other_labels, trial
+from raylabel.stages.score import Labelled, Trial, other_labels, trial
+from raylabel.stages.score import number as drawn
 from raylabel.stages.score_local import answers
 from raylabel.stages.score_rows import of_words, row_of
 from raylabel.stages.score_stage import Scorer
@@ -129,33 +130,36 @@ def labels(settings: Settings) -> Iterator[Row]:
     shutil.rmtree(out)
 
 
-def separation(run: RunDir) -> Iterator[Row]:
-    """AUROC of corrected scores of true labels against those of wrong ones, with its standard error either way (Hanley, McNeil)."""
+def separation(run: RunDir, most: int = 108) -> Iterator[Row]:
+    """AUROC of corrected scores of true labels against those of wrong ones, with its standard error (Hanley, McNeil 1982)."""
     config = RunConfig.model_validate(run.config)
     scorer = Scorer(run, config)
     plants = {layer: {p.neuron: p for p in found if p.control == PLANTED}
               for layer, found in from_json(json.loads(run.files.read("planted.json"))).items()}  # fmt: skip
     (layer, known), *_ = plants.items()
     # A unit that fires on one word, or behind one, has no list's name.
-    listed = {n: p for n, p in known.items() if p.lists and p.difficulty != "two lists"}
+    listed = {n: p for n, p in known.items() if n < most and p.lists and p.difficulty != "two lists"}
     named = {(PLANTED, n, 1): p.lists[0] for n, p in listed.items()}
     written = run.controls.table("labels", layer).to_pylist()
     built_in = {(PLANTED, r["neuron"], 1): r["label"] for r in written if r["control"] == PLANTED and r["neuron"] in listed}
     trials = scorer.trials(run.controls, layer, (0, max(known) + 1), set(named))
+    items: list[Labelled] = []
     for what, true in (("names of their lists", named), ("built-in labels", built_in)):
         units = [unit for unit in trials if unit in true]
-        wrong = {}
         for unit in units:
             lists = set(listed[unit[1]].lists)
             apart = [u for u in units if not lists & set(listed[u[1]].lists) and true[u] != true[unit]]
-            wrong[unit] = true[apart[number(0, unit, what) % len(apart)]]
-        scores = []
-        for given in (true, wrong):
-            items = [Labelled(trials[u], "x", given[u], other_labels(u, {**true, u: given[u]})) for u in units]
-            found = answers(scorer.judge, [(item.trial, item.labels) for item in items])
-            rows = [row_of(item, "judge", of_words(item, got), 0, layer) for item, (got, _) in zip(items, found, strict=True)]
-            scores.append([row["corrected"] or 0.0 for row in rows])
-        n = len(units)
+            wrong = true[apart[drawn(0, unit, what) % len(apart)]]
+            for right, label in ((True, true[unit]), (False, wrong)):
+                items.append(Labelled(trials[unit], f"{what}/{right}", label, other_labels(unit, {**true, unit: label})))
+    # All at once: a text is read once.
+    found = answers(scorer.judge, [(item.trial, item.labels) for item in items])
+    by: dict[str, list[float]] = {}
+    for item, (got, _) in zip(items, found, strict=True):
+        by.setdefault(item.source, []).append(row_of(item, "judge", of_words(item, got), 0, layer)["corrected"] or 0.0)
+    for what in ("names of their lists", "built-in labels"):
+        scores = by[f"{what}/True"], by[f"{what}/False"]
+        n = len(scores[0])
         value = float((np.sign(np.subtract.outer(*scores)) + 1).mean() / 2)
         q = value / (2 - value), 2 * value**2 / (1 + value)
         spread = (max(value * (1 - value) + (n - 1) * sum(x - value**2 for x in q), 0.0) / n**2) ** 0.5
@@ -163,7 +167,7 @@ def separation(run: RunDir) -> Iterator[Row]:
         yield Row(
             f"true against other labels of planted units, built-in judge: {what}", "0.5, no difference", value,
             value - spread, min(value + spread, 1.0), n, "AUROC",
-            f"{n} units, mean corrected score {mean:.2f} and {others:.2f}; one standard error either way", goal=0.95,
+            f"{n} units of layer {layer}, mean corrected score {mean:.2f} and {others:.2f}; one standard error either way", goal=0.95,
         )  # fmt: skip
 
 
