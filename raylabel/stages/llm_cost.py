@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from raylabel.config import RunConfig
 from raylabel.llm.answers import strict_schema
+from raylabel.llm.local import LOCAL
 from raylabel.llm.prompts import SYSTEM, SYSTEM_MATS, Label
 from raylabel.stages.describe import AFTER, BEFORE, BUILT_IN
 from raylabel.stages.score import SHUFFLED
@@ -57,7 +58,7 @@ def llm_cost(config: RunConfig, units: int) -> dict[str, Any]:
     cost = None if None in prices else (found.prompt * (prices[0] or 0) + found.answer * (prices[1] or 0)) / 1e6
     return {
         "LLM calls": found.calls, "LLM calls of score": found.calls - described.calls, "LLM prompt tokens": found.prompt,
-        "LLM completion tokens": found.answer, "LLM cost": cost if found.calls else 0.0,
+        "LLM completion tokens": found.answer, "LLM cost": cost if found.calls and wanted.base_url != LOCAL else 0.0,
     }  # fmt: skip
 
 

@@ -167,7 +167,8 @@ def separation(run: RunDir, most: int = 108) -> Iterator[Row]:
         yield Row(
             f"true against other labels of planted units, built-in judge: {what}", "0.5, no difference", value,
             value - spread, min(value + spread, 1.0), n, "AUROC",
-            f"{n} units of layer {layer}, mean corrected score {mean:.2f} and {others:.2f}; one standard error either way", goal=0.95,
+            f"{n} units of layer {layer}, mean corrected score {mean:.2f} and {others:.2f}; one standard error either way",
+            goal=0.95,
         )  # fmt: skip
 
 
