@@ -1,8 +1,9 @@
 """An explainer inside the worker: a chat model of transformers answers what a server would be asked.
 
-`Local` takes and gives what `wire.Server` does, from a folder or a name of the hub (`describe.base_url: local`), one question at a
-time, so that an answer does not depend on what else is asked. The model is loaded once a process, when it is first asked.
-Nothing enforces a schema here; what does not read as one is asked for again, as ever. For many units a server is faster.
+`Local` takes and gives what `wire.Server` does, from a folder or a name of the hub (`describe.base_url: local`), one
+question at a time, so that an answer does not depend on what else is asked. The model is loaded once a process, when it is
+first asked. Nothing enforces a schema here; what does not read as one is asked for again, as ever. For many units a server is
+faster.
 """
 
 from __future__ import annotations
