@@ -148,10 +148,11 @@ def separation(run: RunDir, most: int = 108) -> Iterator[Row]:
         units = [unit for unit in trials if unit in true]
         for unit in units:
             lists = set(listed[unit[1]].lists)
-            apart = [u for u in units if not lists & set(listed[u[1]].lists) and true[u] != true[unit]]
-            wrong = true[apart[drawn(0, unit, what) % len(apart)]]
+            # What is true of a unit of the same list is no wrong label.
+            apart = {u: true[u] for u in units if not lists & set(listed[u[1]].lists) and true[u] != true[unit]}
+            wrong = list(apart.values())[drawn(0, unit, what) % len(apart)]
             for right, label in ((True, true[unit]), (False, wrong)):
-                items.append(Labelled(trials[unit], f"{what}/{right}", label, other_labels(unit, {**true, unit: label})))
+                items.append(Labelled(trials[unit], f"{what}/{right}", label, other_labels(unit, {**apart, unit: label})))
     # All at once: a text is read once.
     found = answers(scorer.judge, [(item.trial, item.labels) for item in items])
     by: dict[str, list[float]] = {}
