@@ -72,6 +72,7 @@ def judge_odds(judge: Any, tests: Sequence[tuple[Sequence[Window], Sequence[str]
         odds = judge.pairs(cached, torch.tensor([row for row, _ in pairs]), [ids[label] for _, label in pairs])
         for (row, label), value in zip(pairs, odds.tolist(), strict=True):
             found[(*part[row], label)] = value
+
     def mean(window: Window, label: str) -> float:
         odds = [found[window.text, window.word, name] for name in named[label] if ids[name]]
         return sum(odds) / len(odds) if odds else np.nan

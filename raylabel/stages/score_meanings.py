@@ -61,7 +61,7 @@ def apart(
     phrases = [phrase(r["tokens"], r["position"], window).text for r in found.top]
     centres = [_centres(v, found.group) for v in vectors([p.word for p in found.peaks], phrases)]
     active = {w.sample: w for w in trial.windows if w.active}
-    texts = {}
+    texts: dict[int, str] = {}
     for row in rows:
         if row["split"] == "score" and row["sampling"] != "random" and row["sample"] in active:
             tokens = without_special(row["tokens"], row["token_ids"], special)
