@@ -223,9 +223,9 @@ class DescribeConfig(Section):
     exemplars: Positive = 10
     """Exemplars shown."""
     model: str | None = None
-    """Model name at the server."""
+    """Model name at the server; with `local`, a folder or a name of the hub."""
     base_url: str | None = None
-    """OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; null is OpenAI's own."""
+    """OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; null is OpenAI's own; `local`: the workers run the model."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
     """Name of the environment variable that holds the key, on every machine that runs workers."""
     timeout: Annotated[float, Field(gt=0)] = 120

@@ -26,6 +26,7 @@ from raylabel.llm.answers import Rejected, bare, refuses, strict_schema, structu
 from raylabel.llm.budget import Budget, BudgetSpent, Cost
 from raylabel.llm.cache import Cache, key_of
 from raylabel.llm.gate import Gate
+from raylabel.llm.local import LOCAL, Local
 from raylabel.llm.wire import Final, Passing, Server
 from raylabel.store.rundir import RunDir
 
@@ -82,7 +83,7 @@ class Client:
         self.prices = (wanted.usd_per_million_prompt, wanted.usd_per_million_completion)
         if wanted.budget_usd is not None and None in self.prices:
             raise BadInput("describe.budget_usd: give the prices too: usd_per_million_prompt and usd_per_million_completion")
-        self._server = Server(wanted)
+        self._server = Local(wanted, config.subject.device) if wanted.base_url == LOCAL else Server(wanted)
         self._cache = Cache(run.files)
         self._budget = Budget(run.files, wanted.budget_tokens, wanted.budget_usd)
         self.gate = Gate(wanted.concurrency)

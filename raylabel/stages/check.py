@@ -15,11 +15,10 @@ from tokenizers import Tokenizer
 
 from raylabel.config import RunConfig
 from raylabel.errors import BadInput
-from raylabel.llm.prompts import SYSTEM, SYSTEM_MATS
 from raylabel.sources.corpus import chunks, documents
 from raylabel.sources.records import module, without_model
 from raylabel.stages import no_controls, pipeline, prepare, settled
-from raylabel.stages.describe import AFTER, BEFORE, BUILT_IN
+from raylabel.stages.llm_cost import llm_cost
 from raylabel.stages.memory import layer_groups, overhead_bytes, peak_bytes, scan_bytes
 from raylabel.stages.plan_cost import GPU, Rates, Shape, on_gpu, plan
 from raylabel.stages.scan import batch_size, lease_keys, lease_size, least_leases
@@ -29,8 +28,6 @@ from raylabel.store.rundir import RunDir
 
 PROBE_DOCUMENTS = 200
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-MARKS, ANSWER = 6, 80
-"""Tokens of the marks and the number of a shown text, and of an answer."""
 
 
 def estimate(config: RunConfig) -> dict[str, Any]:
@@ -111,23 +108,6 @@ def _source(config: RunConfig, controls: str) -> dict[str, Any]:
         "decoys": 0, "controls": controls,
         **llm_cost(config, units if isinstance(units, int) else 0),
     }  # fmt: skip
-
-
-def llm_cost(config: RunConfig, units: int) -> dict[str, Any]:
-    """Calls, tokens and price of asking an explainer about all of `units`, an upper bound; the price is null without prices.
-
-    Tokens are counted as four bytes each: the static part, and as many marked texts as are shown.
-    """
-    wanted = config.describe
-    if wanted.explainer == BUILT_IN:
-        return {"LLM calls": 0, "LLM prompt tokens": 0, "LLM completion tokens": 0, "LLM cost": 0.0}
-    mats = wanted.prompt == "mats"
-    shown = config.exemplars.top * 3 if mats else wanted.exemplars * (BEFORE + AFTER + MARKS)
-    prompt = units * (len(SYSTEM_MATS if mats else SYSTEM) // 4 + shown)
-    answers = units * ANSWER
-    prices = (wanted.usd_per_million_prompt, wanted.usd_per_million_completion)
-    cost = None if prices[0] is None or prices[1] is None else (prompt * prices[0] + answers * prices[1]) / 1e6
-    return {"LLM calls": units, "LLM prompt tokens": prompt, "LLM completion tokens": answers, "LLM cost": cost}
 
 
 def _memory(

@@ -11,17 +11,19 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylabel.llm import prompts
-from raylabel.llm.client import Answer
 from raylabel.llm.prompts import Label
 from raylabel.words.gist import Gist, gist, named
 from raylabel.words.meanings import groups
 from raylabel.words.peaks import Peak, peak
 from raylabel.words.segment import phrase, without_special
+
+if TYPE_CHECKING:
+    from raylabel.llm.client import Answer
 
 BUILT_IN = "built-in"
 OTHERS = 6

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from raylabel.config import RunConfig
 from raylabel.llm.client import AskFailed, open_client
+from raylabel.llm.local import LOCAL
 from raylabel.llm.prompts import MAX_TOKENS, Label
 from raylabel.stages import describe
 from raylabel.stages.arrays import read_table
@@ -146,7 +147,8 @@ def _order(table: pa.Table, controls: bool) -> list[int]:
 def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     asks = config.describe.explainer != BUILT_IN
     keys = with_controls(wanted_units(config, run.resolved), config.controls, NEURONS)
-    return [Step("labels", keys, DescribeWorker, divide=halve_neurons, blame=blame_neurons, limited=asks)]
+    local = asks and config.describe.base_url == LOCAL
+    return [Step("labels", keys, DescribeWorker, divide=halve_neurons, blame=blame_neurons, model=local, limited=asks)]
 
 
 DESCRIBE = Stage(

@@ -30,6 +30,8 @@ MARKED = 0.3
 """Share of the unit's maximum from which on a token counts as one it fires on (fuzzing)."""
 SHUFFLED = 3
 """Other units' labels that the same test is made with."""
+FITTED = 12
+"""Active and as many silent windows of the explain split that a judge's answers are calibrated on."""
 LEAST_TOKENS = 4
 """Shorter windows are no negatives."""
 
@@ -80,12 +82,18 @@ class Window:
 
 @dataclass(frozen=True)
 class Trial:
-    """A unit's test: windows of the score split, the unit's maximum, and its lookup table."""
+    """A unit's test: windows of the score split, the unit's maximum, and what the explain split says for it.
+
+    Attributes:
+        lookup: the table of tokens.
+        fitting: windows of the explain split, on which a judge's answers are calibrated.
+    """
 
     unit: Unit
     windows: list[Window]
     largest: float
     lookup: Lookup
+    fitting: list[Window] = field(default_factory=list)
 
     def whole(self) -> list[Window]:
         """Windows whose activity is known as a whole: positives, and those silent throughout."""
@@ -162,7 +170,15 @@ def trial(
     plain = [w for w in found if not w.hard and w.sample not in used]
     # Whole windows first: what is silent at one word only serves where there is nothing else.
     plain = sorted(plain, key=lambda w: not w.silent)[: negatives - len(hard)]
-    return Trial(unit, [*active, *plain, *hard], largest, lookup)
+    return Trial(unit, [*active, *plain, *hard], largest, lookup, _fitting(made["explain"]))
+
+
+def _fitting(windows: Sequence[Window]) -> list[Window]:
+    """FITTED active windows spread over their strengths, and as many silent ones, those that are so throughout first."""
+    active = [w for w in windows if w.active]
+    silent = sorted((w for w in windows if not w.active), key=lambda w: not w.silent)
+    chosen = np.linspace(0, len(active) - 1, min(FITTED, len(active))).round().astype(int)
+    return [*(active[i] for i in chosen), *silent[:FITTED]]
 
 
 def _windows(unit: Unit, rows: Sequence[Row], largest: float, size: int, special: Collection[int], seed: int) -> list[Window]:

@@ -3,8 +3,8 @@
 The groups that `describe` found among the top exemplars of the explain split stand for the meanings, in this order. An active
 window of the score split belongs to the group that its word and phrase are nearest to, by the same vectors and weights; the
 meanings' own words have no say in it. A meaning is tested on the active windows that belong to it and on all silent
-ones, against the same other units' labels as the whole label; the same questions answer both. A label whose meanings were not made
-from the groups (an explainer may find others) is tested as a whole only.
+ones, against the same other units' labels as the whole label; the same questions answer both. A label whose meanings were not
+made from the groups (an explainer may find others) is tested as a whole only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def apart(
     phrases = [phrase(r["tokens"], r["position"], window).text for r in found.top]
     centres = [_centres(v, found.group) for v in vectors([p.word for p in found.peaks], phrases)]
     active = {w.sample: w for w in trial.windows if w.active}
-    texts = {}
+    texts: dict[int, str] = {}
     for row in rows:
         if row["split"] == "score" and row["sampling"] != "random" and row["sample"] in active:
             tokens = without_special(row["tokens"], row["token_ids"], special)

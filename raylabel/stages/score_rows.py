@@ -34,7 +34,8 @@ class Prediction:
 
     Attributes:
         windows: that it saw.
-        answers: [labels, windows], the labels being `Labelled.labels`; NaN for no answer; of a simulation [labels, tokens of all windows].
+        answers: [labels, windows], the labels being `Labelled.labels`; NaN for no answer; of a simulation [labels, tokens of all
+            windows].
         lookup: [windows], or [tokens]: the lookup table's answers.
         truth: whether each answer should be a yes; None: where the unit is active. Of a simulation, the activations.
     """
@@ -71,16 +72,14 @@ def row_of(item: Labelled, scorer: str, found: Prediction, seed: int, layer: int
     if item.meanings:
         # Which meaning a window has; -1 for the silent ones, which all meanings have in common.
         of = np.repeat([item.belongs.get(w.sample, -2) if w.active else -1 for w in windows], counts).astype(np.int64)
-        row["meanings"] = [
-            _meaning(name, MEASURES[scorer](np.stack([own, *whole[1:]])[:, kept], yes[kept], documents[kept], draw))
-            for k, (name, own) in enumerate(zip(item.meanings, found.answers[1 + len(item.others) :], strict=True))
-            for kept in [~hard & ((of == k) | (of == -1))]
-        ]
+        row["meanings"] = []
+        for k, (name, own) in enumerate(zip(item.meanings, found.answers[1 + len(item.others) :], strict=True)):
+            kept, got = ~hard & ((of == k) | (of == -1)), Value()
+            if (of == k).any():
+                got = MEASURES[scorer](np.stack([own, *whole[1:]])[:, kept], yes[kept], documents[kept], draw)
+            part = {"label": name, "n": got.n, **{c: number(getattr(got, c)) for c in ("corrected", "low", "high")}}
+            row["meanings"].append(part)
     return row
-
-
-def _meaning(name: str, got: Value) -> dict[str, Any]:
-    return {"label": name, "n": got.n, **{c: number(getattr(got, c)) for c in ("corrected", "low", "high")}}
 
 
 def agreement_row(

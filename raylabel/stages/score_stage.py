@@ -20,7 +20,7 @@ from raylabel.stages.identify_stage import open_background
 from raylabel.stages.results import SOURCE, label
 from raylabel.stages.score import SHUFFLED, Labelled, Leak, Trial, Unit, around, other_labels, refuse_leak, trial
 from raylabel.stages.score_llm import ASKED, ask_all
-from raylabel.stages.score_local import judge_odds, likeness, said
+from raylabel.stages.score_local import answers, likeness
 from raylabel.stages.score_meanings import apart, several
 from raylabel.stages.score_measure import PEAKS, Negatives, Wish
 from raylabel.stages.score_rows import CONCEPT, UNASSISTED, agreement_row, of_windows, of_words, row_of, sort_rows
@@ -93,11 +93,11 @@ class Scorer:
             return rows, failures
         wanted = self.config.score.scorers
         if "judge" in wanted:
-            odds = judge_odds(self.judge, [(item.trial.windows, item.labels) for item in items])
+            found = answers(self.judge, [(item.trial, item.labels) for item in items])
             rows += [
-                row_of(item, "judge", of_words(item, said(got)), seed, layer) for item, got in zip(items, odds, strict=True)
+                row_of(item, "judge", of_words(item, given), seed, layer) for item, (given, _) in zip(items, found, strict=True)
             ]
-            rows += self._agreements(layer, items, odds)
+            rows += self._agreements(layer, items, [odds for _, odds in found])
         if "embedding" in wanted:
             for item in items:
                 got = likeness(self.background, item.trial.whole(), item.labels)
@@ -259,7 +259,7 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 SCORE = Stage(
-    name="score", version=1, needs=("scan", "identify", "verify", "tokenize"), tables=("scores",), steps=_steps,
+    name="score", version=2, needs=("scan", "identify", "verify", "tokenize"), tables=("scores",), steps=_steps,
     uses=("describe", "optimize"),
     reads=("score", "optimize.judge", "optimize.template", "describe.model", "run.seed", "run.format"),
 )  # fmt: skip

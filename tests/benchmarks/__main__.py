@@ -34,6 +34,7 @@ BENCHMARKS = {
     "controls": "controls:controls",
     "scrape": "scrape:scrape",
     "scores": "scores:tokens",
+    "labels": "scores:labels",
     "concepts": "concepts:concepts",
     "report": "report_pages:report_pages",
     "driver": "simulate:driver",

@@ -5,6 +5,9 @@ the defaults: 10 exemplars shown to the explainer, 20 active and 20 silent windo
 one request with three other units' labels beside the own. Prompt tokens are counted by GPT-2's tokenizer in what is sent, plus
 FRAME a message. The answers come from a model that errs on purpose in one of eight windows; the interval's width is that
 of the corrected score. Peers' figure (delphi at its own defaults: 41 requests a unit) is an estimate from its prompts.
+
+`labels`: whether the built-in judge tells true labels from others', over units planted in the built-in corpus: under the names
+of their lists, which the judge was taught, and under what `describe` makes of their exemplars without any language model.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +23,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from raylabel.config import RunConfig, build_config
+from raylabel.engine.pipeline import run_pipeline
 from raylabel.llm.answers import strict_schema
 from raylabel.llm.client import Answer
 from raylabel.sections import DescribeConfig, ScoreConfig
 from raylabel.stages import score_llm
 from raylabel.stages.describe import question, seen
+from raylabel.stages.planting import from_json
 from raylabel.stages.score import Labelled, Trial, other_labels, trial
-from raylabel.stages.score_rows import row_of
+from raylabel.stages.score import number as drawn
+from raylabel.stages.score_local import answers
+from raylabel.stages.score_rows import of_words, row_of
+from raylabel.stages.score_stage import Scorer
+from raylabel.stages.textual import PLANTED
+from raylabel.store.rundir import RunDir
 from raylabel.words.lists import load_lists
 from raylabel.words.segment import spans
 from tests.benchmarks.measuring import Settings
@@ -101,6 +113,63 @@ def tokens(settings: Settings) -> Iterator[Row]:
             f"width of the 95 % interval of a corrected {scorer} score", "a score without doubt",
             statistics.median(found_widths), min(found_widths), max(found_widths), len(found_widths), "of 2 at most",
             f"{how}; one answer in {ERRORS} wrong",
+        )  # fmt: skip
+
+
+def labels(settings: Settings) -> Iterator[Row]:
+    """True labels against other units' by the built-in judge."""
+    out = settings.folder / "labels"
+    tokens, planted = (60_000, 18) if settings.quick else (350_000, 108)
+    run_pipeline(build_config({
+        "subject": {"model": "demo", "context": 64, "device": settings.device, "layers": [1], "neurons": [0, 4]},
+        "exemplars": {"corpus": {"path": "stdlib", "tokens": tokens}}, "controls": {"decoys": 16, "planted": planted},
+        "verify": {"synonyms": 2, "max_variants": 40}, "run": {"out": str(out), "address": "inline", "max_failures": 1.0,
+                                                               "stages": ["tokenize", "scan", "identify", "verify", "describe"]},
+    }))  # fmt: skip
+    yield from separation(RunDir(str(out)))
+    shutil.rmtree(out)
+
+
+def separation(run: RunDir, most: int = 108) -> Iterator[Row]:
+    """AUROC of corrected scores of true labels against those of wrong ones, with its standard error (Hanley, McNeil 1982)."""
+    config = RunConfig.model_validate(run.config)
+    scorer = Scorer(run, config)
+    plants = {layer: {p.neuron: p for p in found if p.control == PLANTED}
+              for layer, found in from_json(json.loads(run.files.read("planted.json"))).items()}  # fmt: skip
+    (layer, known), *_ = plants.items()
+    # A unit that fires on one word, or behind one, has no list's name.
+    listed = {n: p for n, p in known.items() if n < most and p.lists and p.difficulty != "two lists"}
+    named = {(PLANTED, n, 1): p.lists[0] for n, p in listed.items()}
+    written = run.controls.table("labels", layer).to_pylist()
+    built_in = {(PLANTED, r["neuron"], 1): r["label"] for r in written if r["control"] == PLANTED and r["neuron"] in listed}
+    trials = scorer.trials(run.controls, layer, (0, max(known) + 1), set(named))
+    items: list[Labelled] = []
+    for what, true in (("names of their lists", named), ("built-in labels", built_in)):
+        units = [unit for unit in trials if unit in true]
+        for unit in units:
+            lists = set(listed[unit[1]].lists)
+            # What is true of a unit of the same list is no wrong label.
+            apart = {u: true[u] for u in units if not lists & set(listed[u[1]].lists) and true[u] != true[unit]}
+            wrong = list(apart.values())[drawn(0, unit, what) % len(apart)]
+            for right, label in ((True, true[unit]), (False, wrong)):
+                items.append(Labelled(trials[unit], f"{what}/{right}", label, other_labels(unit, {**apart, unit: label})))
+    # All at once: a text is read once.
+    found = answers(scorer.judge, [(item.trial, item.labels) for item in items])
+    by: dict[str, list[float]] = {}
+    for item, (got, _) in zip(items, found, strict=True):
+        by.setdefault(item.source, []).append(row_of(item, "judge", of_words(item, got), 0, layer)["corrected"] or 0.0)
+    for what in ("names of their lists", "built-in labels"):
+        scores = by[f"{what}/True"], by[f"{what}/False"]
+        n = len(scores[0])
+        value = float((np.sign(np.subtract.outer(*scores)) + 1).mean() / 2)
+        q = value / (2 - value), 2 * value**2 / (1 + value)
+        spread = (max(value * (1 - value) + (n - 1) * sum(x - value**2 for x in q), 0.0) / n**2) ** 0.5
+        mean, others = (statistics.fmean(found) for found in scores)
+        yield Row(
+            f"true against other labels of planted units, built-in judge: {what}", "0.5, no difference", value,
+            value - spread, min(value + spread, 1.0), n, "AUROC",
+            f"{n} units of layer {layer}, mean corrected score {mean:.2f} and {others:.2f}; one standard error either way",
+            goal=0.95,
         )  # fmt: skip
 
 

@@ -22,10 +22,11 @@ from raylabel.llm import client as client_module
 from raylabel.report.status import stage_rows
 from raylabel.stages import describe_stage
 from raylabel.stages.arrays import table_bytes
-from raylabel.stages.check import llm_cost
+from raylabel.stages.llm_cost import llm_cost
 from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.tables import from_rows
+from tests.llm.chat_model import save_chat
 from tests.llm.model_server import answering, mass
 from tests.llm.servers import body, served
 from tests.rundirs import config_file
@@ -229,3 +230,32 @@ def test_the_dry_run_prices_every_unit_or_says_that_it_cannot(labelled: Any) -> 
     assert found["LLM cost"] == pytest.approx((found["LLM prompt tokens"] + 2 * found["LLM completion tokens"]) / 1e6)
     assert llm_cost(labelled("http://127.0.0.1:9/v1", usd_per_million_prompt=None), 100)["LLM cost"] is None
     assert llm_cost(labelled("http://127.0.0.1:9/v1", explainer="built-in"), 100)["LLM calls"] == 0
+
+
+def everyone(run: RunDir) -> set[tuple[Any, ...]]:
+    return {unit(r) for part in (run, run.controls) for r in part.table("candidates").to_pylist() if r["n_exemplars"]}
+
+
+def test_a_model_in_the_worker_labels_every_unit_or_says_why_not(labelled: Any, tmp_path: Path) -> None:
+    noise = labelled("local", model=str(save_chat(tmp_path / "noise")))
+    run_pipeline(noise)
+    run = RunDir(noise.run.out)
+    assert not rows(run, "labels") and {unit(r) for r in rows(run, "failures")} == everyone(run)
+    assert all("rejected 3 times" in r["reason"] for r in rows(run, "failures"))
+    good = labelled("local", model=str(save_chat(tmp_path / "good", GOOD)), budget_tokens=10_000_000)
+    run_pipeline(good)
+    labels = rows(run, "labels")
+    assert {unit(r) for r in labels} == everyone(run) and not rows(run, "failures")
+    assert {(r["label"], r["explainer"], r["completion_tokens"]) for r in labels} == {("planted things", "test", 1)}
+    status = next(r for r in stage_rows(run) if r["stage"] == "describe")
+    assert status["tokens"] == sum(r["prompt_tokens"] + 1 for r in labels)
+
+
+@pytest.mark.slow
+def test_a_model_in_the_workers_on_ray(labelled: Any, tmp_path: Path) -> None:
+    config = labelled("local", model=str(save_chat(tmp_path / "good", GOOD)))
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    tree["run"] |= {"address": "local", "workers": 2}
+    run_pipeline(RunConfig.model_validate(tree))
+    run = RunDir(config.run.out)
+    assert {unit(r) for r in rows(run, "labels")} == everyone(run) and not rows(run, "failures")

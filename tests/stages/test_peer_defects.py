@@ -96,9 +96,9 @@ def test_every_scorer_there_is_gives_a_row_whatever_its_negatives_hold(tmp_path:
 def test_hard_negatives_stand_apart_and_cost_who_goes_by_the_word_alone() -> None:
     """Neighbours never ran there; random negatives alone flatter: a table of tokens looks like understanding."""
     hard = [
-        Window(7000 + i, 700 + i, 0, tuple(f" {w}" for w in ("the", "of", LISTS["birds"][i], "and")), (1, 2, 3, 4), 2, False, True,
-               True) for i in range(8)
-    ]  # fmt: skip
+        Window(7000 + i, 700 + i, 0, (" the", " of", f" {LISTS['birds'][i]}", " and"), (1, 2, 3, 4), 2, False, True, True)
+        for i in range(8)
+    ]
     given = rows(LISTS["birds"], 9)
     plain = trial(UNIT, given, 1.0, size=32, negatives=16)
     found = trial(UNIT, given, 1.0, size=32, negatives=16, measured=hard)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raylabel.models.judge_prompt import Example
 from raylabel.stages.score import SILENT, Labelled, Leak, Window, best_threshold, other_labels, stems, trial
-from raylabel.stages.score_local import judge_odds, said, slot
+from raylabel.stages.score_local import answers, calibrated, judge_odds, names, said, slot
 from raylabel.stages.score_prompts import shown
 from raylabel.stages.score_rows import of_windows, of_words, row_of
 from tests.stages import scored_units
@@ -27,8 +28,8 @@ def scores(labels: dict[Any, str], judge: Any, seed: int = 0) -> list[dict[str, 
         Labelled(found, "x", labels[unit], other_labels(unit, {**true, unit: labels[unit]}, seed))
         for unit, (found, _) in given.items() if unit in labels
     ]  # fmt: skip
-    odds = judge_odds(judge, [(item.trial.windows, item.labels) for item in items])
-    return [row_of(item, "judge", of_words(item, said(got)), seed, 0) for item, got in zip(items, odds, strict=True)]
+    found = answers(judge, [(item.trial, item.labels) for item in items])
+    return [row_of(item, "judge", of_words(item, got), seed, 0) for item, (got, _) in zip(items, found, strict=True)]
 
 
 def test_true_labels_stand_apart_from_others_whatever_the_judges_errors() -> None:
@@ -164,6 +165,62 @@ def test_the_windows_text_is_the_samples_own() -> None:
     made = row("top", "score", 0, 1, words, [0, 0, 1.0, 0, 0, 0, 0, 0], tokens=words, token_ids=[0, 5, 6, 7, 8, 9, 10, 11])
     (window,) = trial(UNIT, [made], 1.0, size=8, negatives=4, special=[0]).windows
     assert window.text == " café’s\nx y z" and window.word == "café’s"
+
+
+class Reluctant(RuleJudge):
+    """Never says yes of its own accord, and to some labels even less."""
+
+    def odds(self, example: Any, label: str) -> float:
+        return super().odds(example, label) - 5 - len(label) % 7
+
+
+def test_a_judge_that_never_says_yes_still_tells_labels_apart() -> None:
+    """What counts is what parts windows of the explain split; answers to a label's wording alone are worth nothing."""
+    units = scored_units.trials()
+    true = {unit: name for unit, (_, name) in units.items()}
+    right = [r["corrected"] for r in scores(true, Reluctant(errors=0.1))]
+    wrong = [r["corrected"] for r in scores({unit: NAMES[(unit[1] + 5) % len(NAMES)] for unit in true}, Reluctant(errors=0.1))]
+    assert auroc([1] * len(right) + [0] * len(wrong), right + wrong) >= 0.95 and np.mean(right) > 0.6
+    assert abs(np.mean(wrong)) <= 0.05
+
+
+def test_answers_without_any_sense_are_worth_nothing_after_calibration() -> None:
+    """200 units and more: thresholds fitted to noise gain nothing on other documents."""
+
+    class Noise(RuleJudge):
+        def odds(self, example: Any, label: str) -> float:
+            return -abs(super().odds(example, "none of the lists"[: len(label)] + label))
+
+    found = []
+    for seed in range(5):
+        true = {unit: name for unit, (_, name) in scored_units.trials(seed).items()}
+        found += [r["corrected"] for r in scores(true, Noise(), seed)]
+    assert len(found) >= 200 and abs(np.mean(found)) <= 0.05
+
+
+def test_calibration_looks_at_the_explain_split_alone() -> None:
+    given = rows(LISTS["birds"], 6)
+    found = trial(UNIT, given, 1.0, size=32, negatives=20)
+    split = {r["sample"]: r["split"] for r in given}
+    assert {split[w.sample] for w in found.fitting} == {"explain"}
+    assert [sum(w.active is kind for w in found.fitting) for kind in (True, False)] == [12, 12]
+    odds = np.array([[4.0, 2.0, -1.0, -3.0, 9.0], [1.0] * 5, [np.nan] * 5])
+    active = np.array([True, True, False, False, False])
+    np.testing.assert_allclose(calibrated(odds, active), [1.0, 1.0, np.nan])
+    assert not calibrated(odds, np.ones(5, bool)).any() and not calibrated(odds[:, :0], active[:0]).any()
+    np.testing.assert_array_equal(said(odds, calibrated(odds, active))[1:], [[0.0] * 5, [np.nan] * 5])
+
+
+def test_a_label_that_lists_names_is_asked_about_name_by_name() -> None:
+    assert names("words like king, queen, or duke") == ["words like king, queen, or duke", "king", "queen", "duke"]
+    assert names("pets and farm animals") == ["pets and farm animals"] and names("the word “value”")[1:] == ["value"]
+    assert names("then, already; win32") == ["then, already; win32", "then", "already", "win32"]
+    found, _ = scored_units.trials()[None, NAMES.index("birds"), 1]
+    (odds,) = judge_odds(RuleJudge(), [(found.windows, ["birds", "birds, clothes", "birds, …"])])
+    parts = judge_odds(RuleJudge(), [(found.windows, ["birds", "clothes"])])[0]
+    whole = np.array([RuleJudge().odds(Example(w.text, w.word), "birds, clothes") for w in found.windows])
+    np.testing.assert_allclose(odds[1], (whole + parts[0] + parts[1]) / 3, rtol=1e-5)
+    assert not np.isnan(odds[2]).any()
 
 
 def test_a_label_that_the_judge_cannot_read_is_unscored() -> None:

@@ -14,7 +14,8 @@ import pytest
 from raylabel.config import RunConfig, build_config
 from raylabel.errors import RunFailed
 from raylabel.llm.client import BudgetSpent
-from raylabel.stages.score import Labelled
+from raylabel.stages.llm_cost import llm_cost
+from raylabel.stages.score import Labelled, trial
 from raylabel.stages.score_llm import ask_all
 from raylabel.stages.score_prompts import (
     expected_values,
@@ -227,3 +228,27 @@ def test_expected_values_of_numbers_by_their_probabilities() -> None:
     ]  # fmt: skip
     assert expected_values(given) == {1: pytest.approx((8 * 0.6 + 4 * 0.2) / 0.8), 2: pytest.approx(4.0)}
     assert expected_values(None) == {}
+
+
+@pytest.mark.parametrize("packing", ["packed", "peer"])
+def test_the_dry_run_counts_what_tests_ask(tmp_path: Path, packing: str) -> None:
+    """Calls as they are made, and tokens not below those of four bytes each, nor far above."""
+    made = trial((None, 0, 1), scored_units.rows(LISTS["birds"], 0), 1.0, size=32, negatives=20)
+    item = Labelled(made, "x", "birds", NAMES[10:13])
+    more = {"exemplars": {"top": 20, "quantile": 10}, "run": {"out": str(tmp_path / "x"), "stages": ["score"]}}
+    for scorer in ("detection", "fuzzing", "simulation"):
+        with served(rule) as server:
+            run, config = settings(server.url, tmp_path / scorer, [scorer], packing)
+            ask_all(run, config, [item])
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        found = llm_cost(RunConfig.model_validate({**tree, **more}), 1)
+        sent = [m["content"] for r in server.requests for m in r["messages"]]
+        sent += [json.dumps(r["response_format"]["json_schema"]["schema"]) for r in server.requests]
+        size, answered = sum(map(len, sent)) / 4, sum(len(rule(r)) for r in server.requests) / 4
+        assert found["LLM calls"] == found["LLM calls of score"] == len(server.requests)
+        assert 0.9 * size <= found["LLM prompt tokens"] <= 2.2 * size, scorer
+        room = sum(r["max_tokens"] for r in server.requests)
+        assert 0.5 * answered <= found["LLM completion tokens"] <= min(room, 6 * answered if scorer != "simulation" else room)
+    both = {**tree, **more, "run": {"out": "x"}, "describe": {**tree["describe"], "explainer": "e"}}
+    one = llm_cost(RunConfig.model_validate(both), 10)
+    assert one["LLM calls"] == 10 * (1 + 2 * 4) and one["LLM cost"] is None

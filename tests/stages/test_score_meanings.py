@@ -14,7 +14,8 @@ from raylabel.stages.score import Labelled, Trial, trial
 from raylabel.stages.score_llm import ASKED, ask_all
 from raylabel.stages.score_local import judge_odds, said
 from raylabel.stages.score_meanings import apart
-from raylabel.stages.score_rows import of_words, row_of
+from raylabel.stages.score_prompts import simulated
+from raylabel.stages.score_rows import Prediction, of_words, row_of
 from raylabel.tables import from_rows
 from tests.llm.servers import served
 from tests.stages.scored_units import LISTS, RuleJudge, rows
@@ -97,6 +98,19 @@ def test_each_meaning_is_scored_by_itself_and_the_whole_is_left_as_it_was(unit: 
     assert scores_table(from_rows([{**row, "meanings": [birds, wrong]}], "scores").to_pylist()).row_count == 3
 
 
+@pytest.mark.parametrize("scorer", ["judge", "detection", "embedding", "simulation"])
+def test_a_meaning_without_windows_has_no_score(unit: tuple[list[dict[str, Any]], Trial], scorer: str) -> None:
+    _, found = unit
+    item = Labelled(found, "x", "birds", OTHERS, ["birds", "clothes"], dict.fromkeys((w.sample for w in found.windows), 0))
+    windows = simulated(found, 0) if scorer == "simulation" else found.whole()
+    size = sum(len(w.ids) for w in windows) if scorer == "simulation" else len(windows)
+    known = np.concatenate([w.activations for w in windows]) if scorer == "simulation" else None
+    draw = np.random.default_rng(0).integers(0, 2, (6, size)).astype(float)
+    first, second = row_of(item, scorer, Prediction(windows, draw, np.zeros(size), known), 0, 0)["meanings"]
+    assert first["n"] == size and first["corrected"] is not None
+    assert second == {"label": "clothes", "n": 0, "corrected": None, "low": None, "high": None}
+
+
 def test_a_language_model_is_asked_about_meanings_in_the_same_requests(
     unit: tuple[list[dict[str, Any]], Trial], tmp_path: Path
 ) -> None:  # fmt: skip
@@ -133,7 +147,7 @@ def test_meanings_that_are_not_the_groups_are_not_parted(unit: tuple[list[dict[s
 
 
 def test_what_has_no_vector_belongs_to_no_meaning(unit: tuple[list[dict[str, Any]], Trial]) -> None:
-    given, found = unit
+    given, _ = unit
     strange = [{**r, "tokens": [" zzz" if t == r["position"] else w for t, w in enumerate(r["tokens"])]}
                if r["split"] == "score" and r["rank"] < 5 and r["sampling"] == "top" else r for r in given]  # fmt: skip
     other = trial(UNIT, strange, 1.0, **TRIAL)  # type: ignore[arg-type]
