@@ -129,8 +129,10 @@ def foretold(settings: Settings) -> Iterator[Row]:
         }  # fmt: skip
         for what, figure in says.items():
             factor = max(figure / found[what], found[what] / figure)
+            # Seconds of a small run are those of opening models and files, which the planner leaves out.
+            goal = None if what == "seconds" else FACTOR
             yield Row(
-                f"planner, {words(name)}: {what}", "a run", factor, factor, factor, n=1, unit="×", goal=FACTOR, at_most=True,
+                f"planner, {words(name)}: {what}", "a run", factor, factor, factor, n=1, unit="×", goal=goal, at_most=True,
                 how=f"{figure:,.0f} foretold, {found[what]:,.0f} found; 64 units and 32 decoys a layer, one process",
             )  # fmt: skip
 
