@@ -80,17 +80,17 @@ def write_layer(
         write_json(data, f"unit-{layer}/{block:05d}", trees)
 
 
-_shared: tuple[Any, ...] = ()
+_shared: list[Any] = []
 
 
 def _share(*given: Any) -> None:
     """Keeps what all layers of a process have in common."""
-    global _shared
-    _shared = given
+    _shared[:] = given
 
 
 def _write_shared(layer: int) -> None:
-    write_layer(*_shared, layer)
+    url, data, nearest, units, labels = _shared
+    write_layer(url, data, nearest, units, labels, layer)
 
 
 def _prepare(out: Path) -> None:
