@@ -7,6 +7,7 @@ a signal with everything finished so far committed.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -273,7 +274,8 @@ def report(
 
     if out is None and "://" in folder:
         raise BadInput(f"--out: give a folder on this machine for the report of {folder}")
-    first = write_report(RunDir(folder), Path(out) if out is not None else Path(folder) / "report")
+    place = Path(out) if out is not None else Path(folder) / "report"
+    first = write_report(RunDir(folder), place, workers=os.cpu_count() or 1)
     print(first)
     if open_:
         import webbrowser

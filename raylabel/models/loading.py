@@ -202,6 +202,8 @@ def _load_transformers(
     _check_tokenizer(tokenizer, name)
 
     automatic: Any = AutoModelForCausalLM
+    network: Any
+    notes: dict[str, Any]
     spread = placement.spread(device, gpus, cache(lambda: placement.weight_bytes(config, dtype, trust)))
     try:
         if device.type == "meta":

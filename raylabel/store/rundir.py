@@ -28,6 +28,8 @@ from raylabel.tables import PER_UNIT, SCHEMA_VERSION, TABLES, schema
 PARTITIONS = ds.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")
 OWN = ("_lock", ".tmp-")
 """What a run that was stopped before its first word may have left."""
+STRETCH = 1_000
+"""Manifest entries that are read together: from an object store many at a time are faster."""
 PACKAGES = ("raylabel", "torch", "transformers", "transformer_lens", "ray", "pyarrow", "fasttext-numpy2", "numpy")
 
 
@@ -130,16 +132,17 @@ class RunDir:
     def manifest(self, stage: str) -> dict[str, dict[str, Any]]:
         """Manifest entries of a stage by unit id, failed attempts included; unreadable entries do not count."""
         names = self.files.sizes(f"_manifest/{stage}")
-        return self._entries([name for name in names if name.endswith(".json") and "/.tmp-" not in name])
+        wanted = [name for name in names if name.endswith(".json") and "/.tmp-" not in name]
+        return {entry["unit"]: entry for entry in self._entries(wanted)}
 
-    def _entries(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        entries = {}
-        for data in self.files.read_all(names).values():
-            with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(data)
-                if _is_entry(entry):
-                    entries[entry["unit"]] = entry
-        return entries
+    def _entries(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        """Those that can be read, a stretch of them in memory at a time."""
+        for at in range(0, len(names), STRETCH):
+            for data in self.files.read_all(names[at : at + STRETCH]).values():
+                with contextlib.suppress(ValueError, RecursionError):
+                    entry = json.loads(data)
+                    if _is_entry(entry):
+                        yield entry
 
     def committed(self, plan: Plan, entries: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
         """Entries of the plan's units, in its order, whose files are all there with the recorded size.
@@ -199,16 +202,17 @@ class RunDir:
         """(unit, bytes) of the temporary files that a step of the same stage committed (as `name`), in plan order."""
         for earlier, files in self._earlier(unit, step):
             for file in files:
-                if file.get("temporary") and name in (None, file["name"]):
+                if name in (None, file["name"]):
                     yield earlier, self.files.read(file["path"])
 
     def _earlier(self, unit: Unit, step: str) -> list[tuple[Unit, list[dict[str, Any]]]]:
-        """Units of a step before the unit's own and their files; kept, as that step is over when a unit of the next runs."""
+        """Units of an earlier step and their temporary files; kept, as that step is over when a unit of the next runs."""
         if unit.id not in self._known.get(step, (set[str](), []))[0]:
             plan = self.plan(unit.stage)
             units = {u.id: u for u in plan.units if u.step == step} if plan else {}
             entries = self._entries([f"_manifest/{unit.stage}/{i}.json" for i in units])
-            found = [(u, entries[i]["files"]) for i, u in units.items() if i in entries]
+            kept = {e["unit"]: [f for f in e["files"] if f.get("temporary")] for e in entries}
+            found = [(u, kept[i]) for i, u in units.items() if kept.get(i)]
             self._known = {step: ({u.id for u in plan.units} if plan else set(), found)}
         return self._known[step][1]
 

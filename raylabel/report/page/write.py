@@ -9,14 +9,15 @@ The pages load their data by `<script>` tags, ask the network for nothing and op
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow as pa
 
 from raylabel.errors import BadInput
 from raylabel.report.page.links import links
@@ -31,14 +32,17 @@ from raylabel.store.rundir import RunDir
 PAGES = ("index.html", "units.html", "unit.html")
 MARK = "raylabel-report"
 """What a folder holds that a report was written to, and that another may replace."""
+MANY = 20_000
+"""Units from which on several processes write their pages: starting them takes seconds."""
 WEIGHTS = 8_000_000_000
 """Bytes of a local model's files up to which it is loaded for its output directions."""
 
 
-def write_report(run: RunDir, out: Path) -> Path:
+def write_report(run: RunDir, out: Path, workers: int = 1) -> Path:
     """Writes the report of a finished run to the folder `out`, which is made, and returns its first page.
 
-    Raises BadInput for a run without results and for a folder that holds something else.
+    `workers` processes share the pages of large runs' units, by layers; the module that calls with more than one is
+    imported by each of them. Raises BadInput for a run without results and for a folder that holds something else.
     """
     if not run.complete("results"):
         run.info  # noqa: B018  (a folder that is no run is the likelier mistake)
@@ -51,16 +55,42 @@ def write_report(run: RunDir, out: Path) -> Path:
     units = np.stack(places, axis=1)
     labels = [shown(label) or words for label, words in zip(results.column("label").to_pylist(), words_of(results), strict=True)]
     nearest, notes = near_units(run, units)
-    for layer in index["layers"]:
-        here = results.filter(pa.array(units[:, 0] == layer))
-        for block, trees in unit_blocks(run, layer, here, nearest, units, labels):
-            write_json(data, f"unit-{layer}/{block:05d}", trees)
+    shared = (run.files.url, data, nearest, units, labels)
+    if workers == 1 or len(units) < MANY:
+        for layer in index["layers"]:
+            write_layer(*shared, layer)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(index["layers"])), context, _share, shared) as pool:
+            list(pool.map(_write_shared, index["layers"]))
     tree = {
         **index, "block": BLOCK, "links": links(run.config, run.resolved), "nearest": notes,
         "last": {layer: int(units[units[:, 0] == layer, 1].max()) for layer in index["layers"]},
     }  # fmt: skip
     write_pages(out, {**overview(run, results), "index": tree})
     return out / PAGES[0]
+
+
+def write_layer(
+    url: str, data: Path, nearest: dict[str, Near], units: np.ndarray, labels: list[str], layer: int
+) -> None:  # fmt: skip
+    """The files of a layer's units, see `units.unit_blocks`."""
+    run = RunDir(url)
+    for block, trees in unit_blocks(run, layer, run.table("results", layer), nearest, units, labels):
+        write_json(data, f"unit-{layer}/{block:05d}", trees)
+
+
+_shared: list[Any] = []
+
+
+def _share(*given: Any) -> None:
+    """Keeps what all layers of a process have in common."""
+    _shared[:] = given
+
+
+def _write_shared(layer: int) -> None:
+    url, data, nearest, units, labels = _shared
+    write_layer(url, data, nearest, units, labels, layer)
 
 
 def _prepare(out: Path) -> None:

@@ -78,6 +78,13 @@ def test_a_search_finds_labels_words_and_numbers(watched: Watched, dressed: RunD
     wait(page, "document.querySelector('#count')?.innerText.startsWith('1 of')")
 
 
+def test_data_that_is_asked_for_twice_at_once_comes_to_both(watched: Watched) -> None:
+    page = watched.open("units.html")
+    both = "Promise.all([1, 2].map(() => raylabel.loadColumns('phrases-000'))).then((a) => a.map((one) => one.rows))"
+    rows = page.evaluate(both)
+    assert rows[0] == rows[1] > 0
+
+
 def test_a_sort_by_a_number_a_code_and_a_text(watched: Watched, dressed: RunDir) -> None:
     page = watched.open("units.html")
     rows = {(r["layer"], r["neuron"]): r for r in dressed.table("results").to_pylist()}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from raylabel.errors import BadInput
-from raylabel.report.page import write_report
+from raylabel.report.page import write, write_report
 from raylabel.report.page.links import links
 from raylabel.report.page.near import by_cofiring, by_direction, by_logits
 from raylabel.report.page.packing import pack_columns, unpack, unpack_columns, write_packed
@@ -37,6 +37,15 @@ def test_columns_come_back_from_their_file(tmp_path: Path) -> None:
     assert found["d"] == columns["d"]
     with pytest.raises(ValueError, match="has 2 of 3 rows"):
         pack_columns(3, {"d": ["x", "y"]})
+
+
+def test_several_processes_write_what_one_does(finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "MANY", 1)
+    found = []
+    for workers in (1, 2):
+        folder = write.write_report(finished, tmp_path / str(workers), workers).parent
+        found.append({str(file.relative_to(folder)): file.read_bytes() for file in (folder / "data").rglob("*.js")})
+    assert found[0] == found[1] and sum("unit-" in name for name in found[0]) == 3
 
 
 def units_of(n: int, layers: int = 2) -> np.ndarray:

@@ -20,15 +20,20 @@ const raylabel = (() => {
     } catch (error) { reject(error); }
   }
 
+  // Asked again before it has come, it is the same load: `take` knows a file by its name alone.
   function load(name) {
-    return new Promise((resolve, reject) => {
-      waiting.set(name, { resolve, reject });
+    if (waiting.has(name)) return waiting.get(name).promise;
+    const entry = {};
+    waiting.set(name, entry);
+    entry.promise = new Promise((resolve, reject) => {
+      Object.assign(entry, { resolve, reject });
       const script = document.createElement("script");
       script.src = `data/${name}.js`;
       script.onload = () => script.remove();
       script.onerror = () => { script.remove(); waiting.delete(name); reject(new Error(`data/${name}.js cannot be read`)); };
       document.head.append(script);
     });
+    return entry.promise;
   }
 
   const decoder = new TextDecoder();

@@ -14,10 +14,12 @@ document.addEventListener("DOMContentLoaded", async () => {
                    ...index.columns];
   let sort = null, falls = false, page = 0, order = new Uint32Array(0), chosen = -1, search = 0, matched = null, snippets = new Map(), drawn = [];
 
+  let recent = null;
   function chunkOf(row) {
+    if (recent !== null && row >= recent.at && row < recent.at + recent.rows) return recent;
     let low = 0, high = chunks.length - 1;
     while (low < high) { const middle = (low + high + 1) >> 1; if (chunks[middle].at <= row) low = middle; else high = middle - 1; }
-    return chunks[low];
+    return recent = chunks[low];
   }
   const valueOf = (name, row) => { const c = chunkOf(row); return c.columns[name] ? c.columns[name][row - c.at] : NaN; };
   const textOf = (name, row) => { const c = chunkOf(row); return c.lines(name)[row - c.at]; };

@@ -163,7 +163,7 @@ document.addEventListener("DOMContentLoaded", () => {
     if (u.swaps) {
       const chip = ([word, kept]) => el("span", { class: "swap" }, bar(kept, 34), word, " ", el("i", {}, number(kept)));
       made.append(el("h3", {}, "Swaps"), table([["word", false], ["place", true], ["neighbours, and the share of the activation kept", false], ["random words", false]],
-        u.swaps.map(([offset, word, a, b]) => [el("bdi", {}, word), offset === 0 ? "peak" : `${-offset} before`, el("div", {}, ...a.map(chip)), el("div", {}, ...b.map(chip))])));
+        u.swaps.map(([offset, word, a, b]) => [el("bdi", {}, word), offset === 0 ? "peak" : `${-offset} before`, el("div", { class: "swaps" }, ...a.map(chip)), el("div", { class: "swaps" }, ...b.map(chip))])));
     }
     if (c.promoted.length) made.append(el("p", {}, el("span", { class: "quiet" }, "Raised the activation: "), el("bdi", {}, c.promoted.join(", "))));
     return made;
