@@ -43,8 +43,8 @@ same few for all exemplars, what is special about them would look like a propert
 WIDER = 2
 """The MAT word gets so many times `verify.synonyms` of either kind, since few neighbours are of a unit's list. Those beyond
 are `extra`: they count for specificity alone, or the MAT word would outweigh the context in every mean, and are neither
-among the rows of `variants` nor in `verify.max_variants`, of which they are half at most. Where a unit's MAT words mean
-alike, its extra neighbours are those that lie towards the other MAT words."""
+among the rows of `variants` nor in `verify.max_variants`, of which they are half at most. Extra
+neighbours are near ones that lie towards the unit's other MAT words."""
 ORIGINAL, NEIGHBOUR, RANDOM = KINDS = ("original", "neighbour", "random")
 
 ROWS = pa.schema([
@@ -90,7 +90,6 @@ def plan_variants(
     special_ids: Collection[int],
     seed: int,
     limit: int | None = None,
-    alike: Collection[Unit] = (),
 ) -> Plan:
     """The variants of every unit in `exemplars`, `config.max_variants` a unit at most.
 
@@ -99,7 +98,6 @@ def plan_variants(
         samples: schema `samples`; holds the sample of every row.
         window: tokens of the phrase on each side of the MAT.
         limit: tokens the model can take; variants whose changed word or MAT would lie beyond are dropped.
-        alike: units whose MAT words mean alike.
 
     Raises ValueError for an exemplar whose sample is missing.
     """
@@ -118,8 +116,7 @@ def plan_variants(
     mat = exemplars["start"].to_numpy() + exemplars["position"].to_numpy()
     places = _places(texts, row, mat, window)
     unit, rank = unit_numbers(exemplars), exemplars["rank"].to_numpy()
-    meant = np.array([key in alike for key in _keys(exemplars)], bool)
-    choice = _choose(texts, row, numbers, places, substitutes, config, unit, rank, seed, meant)
+    choice = _choose(texts, row, numbers, places, substitutes, config, unit, rank, seed)
     return _build(exemplars, texts, row, mat, places, choice, splicer, limit)
 
 
@@ -139,10 +136,6 @@ def unit_numbers(table: pa.Table) -> np.ndarray:
     control = pc.fill_null(table["control"], "").combine_chunks().dictionary_encode().indices.to_numpy()
     key = np.stack([control, table["neuron"].to_numpy(), table["polarity"].to_numpy()])
     return np.concatenate([[0], np.cumsum((key[:, 1:] != key[:, :-1]).any(axis=0))])
-
-
-def _keys(table: pa.Table) -> list[Unit]:
-    return list(zip(*(table[name].to_pylist() for name in ("control", "neuron", "polarity")), strict=True))
 
 
 def _order(exemplars: pa.Table) -> pa.Array:
@@ -211,7 +204,7 @@ class _Choice(NamedTuple):
 
 def _choose(
     texts: list[Sample], row: np.ndarray, numbers: np.ndarray, places: list[_Place], source: Neighbourhood,
-    config: VerifyConfig, unit: np.ndarray, rank: np.ndarray, seed: int, meant: np.ndarray,
+    config: VerifyConfig, unit: np.ndarray, rank: np.ndarray, seed: int,
 ) -> _Choice:  # fmt: skip
     """Variants of all words, cut to the unit's number: MAT words first, then context words, a pair for each in turn. Of the
     extra ones there are half as many at most."""
@@ -232,7 +225,7 @@ def _choose(
     drawn = pool[word[:, None], (first + turn) % np.maximum(size, 1)]
     drawn[turn >= size] = -1
     nearest = near[word]
-    mats = np.flatnonzero((offset == 0) & meant[exemplar])
+    mats = np.flatnonzero(offset == 0)
     for at in np.split(mats, np.flatnonzero(np.diff(unit[exemplar[mats]])) + 1) if len(mats) else []:
         group = sorted(set(word[at].tolist()), key=words.__getitem__)
         for w, found in zip(group, source.among([words[w] for w in group], k), strict=True):

@@ -54,10 +54,10 @@ class Link:
         """The columns that name a unit in its tables."""
         return [*(["control"] if unit.key["controls"] else []), "neuron", "polarity"]
 
-    def flagged(self, unit: Unit) -> dict[verify.Unit, str]:
-        """The kinds of the unit's flagged candidates."""
-        rows = self.table(unit, "candidates", filter=pc.field("flagged"), columns=[*self.keys(unit), "kind"]).to_pylist()
-        return {(row.get("control"), row["neuron"], row["polarity"]): row["kind"] for row in rows}
+    def flagged(self, unit: Unit) -> set[tuple[Any, ...]]:
+        """The unit's flagged candidates."""
+        rows = self.table(unit, "candidates", filter=pc.field("flagged"), columns=self.keys(unit))
+        return {tuple(row.values()) for row in rows.to_pylist()}
 
     def samples(self, numbers: pa.ChunkedArray) -> pa.Table:
         """The samples with these numbers."""
@@ -97,13 +97,12 @@ class SubstituteLink(Link):
         wanted = self.flagged(unit)
         condition = (pc.field("sampling") == "top") & (pc.field("split") == "explain")
         exemplars = self.table(unit, "exemplars", filter=condition)
-        rows = exemplars.select(self.keys(unit)).to_pylist()
-        keys = ((row.get("control"), row["neuron"], row["polarity"]) for row in rows)
+        keys = (tuple(row.values()) for row in exemplars.select(self.keys(unit)).to_pylist())
         exemplars = exemplars.filter(pa.array([key in wanted for key in keys], pa.bool_()))
         return verify.plan_variants(
             exemplars, self.samples(exemplars.column("sample")), self.substitutes, self.splicer, self.config.verify,
             window=self.config.identify.window, special_ids=self.facts["special_ids"], seed=self.config.run.seed,
-            limit=self.facts["max_context"], alike={key for key, kind in wanted.items() if kind == "meaning"},
+            limit=self.facts["max_context"],
         )  # fmt: skip
 
 

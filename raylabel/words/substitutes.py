@@ -27,8 +27,8 @@ OCTAVE = 0.02
 BLOCK = 256
 # Enough random words of like length before longer and shorter ones are let in.
 CHOICE = 12
-# Neighbours of each word of a group that are looked at for all of them, and others of the group that say where it points.
-POOL, PEERS = 40, 4
+# Neighbours of a word that are looked at where its group has a say, and words of the group that have it.
+POOL, PEERS = 100, 4
 
 _NONE = np.zeros(0, np.int64)
 _APOSTROPHES = str.maketrans("", "", "'’")
@@ -89,31 +89,28 @@ class Substitutes:
         return [self._written(word, self._near[word, k], k) for word in words]
 
     def among(self, group: Sequence[str], k: int) -> list[list[str]]:
-        """At most `k` substitutes for each word of a group, near to it and to what the group has in common, nearest first.
+        """At most `k` substitutes for each word of a group: of its POOL nearest neighbours those that lie towards the group.
 
-        A word of several senses has neighbours of all of them; the other words beside it say which one is meant. That is
-        the mean of the PEERS of another stem that are nearest to it, so that a group may be of two kinds. The group's own
-        words may stand for each other. What a word gets depends on the whole group.
+        A word of several senses has neighbours of all of them; the other words beside it say which one is meant. Their
+        direction is the mean of the PEERS of another stem that are nearest to the word, so that a group may be of two kinds.
+        Words of a group that have nothing in common do not stand for each other. What a word gets depends on the whole group.
         """
         words = list(dict.fromkeys(group))
         self._search(words, POOL)
-        own = [self._folded[word.casefold()] for word in words if word.casefold() in self._folded]
-        pool = np.unique(np.array([*own, *(i for word in words for i in self._near[word, POOL])], np.int64))
-        shapes = np.array([shape(self._words[i]) for i in pool.tolist()], object)
-        vectors, matrix = self._joined(words, self._background.words(words)), self._vectors[pool]
-        stems, near = np.array([stem(word) for word in words], object), np.einsum("ad,bd->ab", vectors, vectors)
+        vectors, stems = self._joined(words, self._background.words(words)), np.array([stem(word) for word in words], object)
+        likeness = np.einsum("ad,bd->ab", vectors, vectors)
         found: dict[str, list[str]] = {}
         for i, word in enumerate(words):
             others = np.flatnonzero((stems != stems[i]) & vectors.any(axis=1))
-            others = others[np.argsort(-near[i, others], kind="stable")[:PEERS]]
+            others = others[np.argsort(-likeness[i, others], kind="stable")]
+            others = others[np.sort(np.unique(stems[others], return_index=True)[1])][:PEERS]
             toward = vectors[others].sum(axis=0)
             length = float(np.linalg.norm(toward))
             query = vectors[i] + (toward / length if length > 0 else 0)
-            score = np.einsum("nd,d->n", matrix, query) - self._apart(np.array([self._octave(word)], np.float32), pool)
-            ranked = pool[np.lexsort((pool, -score))]
-            alike = pool[shapes == shape(word)]
-            kept = self._others(word, ranked[np.isin(ranked, alike)]) if vectors[i].any() else _NONE
-            found[word] = self._written(word, kept[: 2 * k].tolist(), k)
+            near = np.array(self._near[word, POOL], np.int64)
+            octave = np.array([self._octave(word)], np.float32)
+            score = np.einsum("nd,d->n", self._vectors[near], query) - self._apart(octave, near)
+            found[word] = self._written(word, near[np.lexsort((near, -score))].tolist(), k)
         return [found[word] for word in group]
 
     def random(self, words: Sequence[str], k: int) -> list[list[str]]:

@@ -125,15 +125,25 @@ def test_words_that_begin_alike_are_no_substitutes() -> None:
     assert "learn" in source.neighbours(["le"], 2000)[0]
 
 
-def test_a_groups_words_lead_to_what_they_have_in_common(substitutes: Substitutes) -> None:
+def test_of_a_words_neighbours_a_group_takes_those_that_lie_towards_it(substitutes: Substitutes, fitted: Background) -> None:
+    """By the cosine with the word and with the mean of the group's other words, less 0.02 an octave, among the 100 nearest."""
     for name, words in LISTS.items():
-        other = next(w for w in FILLERS if w not in words)
+        other = next(w for w in FILLERS if w in fitted.index)
         group = [*words[:4], other]
-        given = dict(zip(group, substitutes.among(group, 4), strict=True))
-        alone = substitutes.neighbours([other], 4)[0]
-        assert len(set(given[other]) & set(words)) > len(set(alone) & set(words)), name
-        for word in words[:4]:
-            assert len(set(given[word]) & set(words)) >= 3
+        toward = fitted.words(words[:4]).sum(axis=0)
+        toward /= np.linalg.norm(toward)
+        (near,) = substitutes.neighbours([other], 100)
+        octave = np.log2(fitted.counts[[fitted.index[w] for w in [other, *near]]])
+        score = fitted.words(near) @ (fitted.words([other])[0] + toward) - 0.02 * np.abs(octave[1:] - octave[0])
+        assert substitutes.among(group, 4)[-1] == [near[i] for i in np.argsort(-score)[:4]], name
+        for found in substitutes.among(group, 4)[:4]:
+            assert len(set(found) & set(words)) >= 3
+
+
+def test_words_without_likeness_do_not_stand_for_each_other(substitutes: Substitutes, fitted: Background) -> None:
+    fillers = [w for w in FILLERS if w in fitted.index][:12]
+    for word, found, near in zip(fillers, substitutes.among(fillers, 5), substitutes.neighbours(fillers, 100), strict=True):
+        assert set(found) <= set(near), word
 
 
 def test_a_group_of_two_kinds_has_substitutes_of_both(substitutes: Substitutes) -> None:
