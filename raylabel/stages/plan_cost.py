@@ -1,8 +1,9 @@
-"""What a run costs, on paper: hours, bytes, manifests, LLM tokens and money, from a model's shape and measured rates.
+"""What a run costs, on paper: hours, bytes and manifests, from a model's shape and measured rates.
 
 `Shape.of(config.json)` reads a transformers configuration; `plan(shape, config, tokens, workers, rates)` gives the figures.
-Nothing is loaded and nothing runs. `RATES` were measured on one core of the machine that made the project's benchmarks, and
-the bytes of a row on a run of the built-in model; a rate of your own goes into `replace(RATES, pace=...)`.
+Nothing is loaded and nothing runs; `llm_cost` counts what is asked of language models. `Rates` were measured on one core of the
+machine that made the project's benchmarks, and the bytes of a row on a run of the built-in model; a rate of your own goes into
+`replace(rates, pace=...)`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,6 @@ from raylabel.stages.scanner import CLOSE_NEURONS
 from raylabel.stages.verify_stage import NEURONS as VERIFY_NEURONS
 
 GPU = "an H100 on paper, 35 % of its operations"
-PROMPT = 400
-"""Tokens of instructions in a request, at most."""
-REPLY = 120
-"""Tokens of an answer."""
-HTTP_SCORERS = ("detection", "fuzzing", "simulation")
-"""Scorers that ask a language model elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,6 @@ class Rates:
         kept, rows: bytes of a token kept with an exemplar, and of a row of other tables.
         state: bytes of a lease's file by those of its state.
         entry, planned: bytes of a manifest entry and of a unit in a plan.
-        price: dollars a million prompt and completion tokens.
     """
 
     pace: float
@@ -90,7 +84,6 @@ class Rates:
     state: float = 0.71
     entry: float = 700.0
     planned: float = 115.0
-    price: tuple[float, float] = (0.15, 0.60)
 
 
 def on_gpu(shape: Shape, operations: float = 989e12, used: float = 0.35) -> Rates:
@@ -145,28 +138,10 @@ def plan(
         "identify": len(with_controls(units, config.controls, IDENTIFY_NEURONS)) + 1 + layers,
         "verify": len(with_controls(units, config.controls, VERIFY_NEURONS)) + layers, "results": layers + 1,
     }  # fmt: skip
-    prompt, reply = llm_tokens(config, int(rows * flagged))
     return {
         "units": own, "units and controls": rows, "leases": leases, "hours": sum(work.values()) / 3600,
         "hours by stage": {name: seconds / 3600 for name, seconds in work.items()},
         "table bytes": int(sum(sizes.values())), "bytes by table": {name: int(size) for name, size in sizes.items()},
         "temporary bytes": int(leases * state * rates.state), "work units": sum(tasks.values()), "work units by stage": tasks,
         "manifest bytes": int(sum(tasks.values()) * rates.entry), "plan bytes": int(sum(tasks.values()) * rates.planned),
-        "LLM prompt tokens": prompt, "LLM completion tokens": reply,
-        "LLM dollars": (prompt * rates.price[0] + reply * rates.price[1]) / 1e6,
     }  # fmt: skip
-
-
-def llm_tokens(config: RunConfig, units: int) -> tuple[int, int]:
-    """(prompt, completion) tokens that labels and scores of so many units ask of a language model elsewhere."""
-    if config.describe.explainer == "built-in" or config.describe.base_url is None:
-        return 0, 0
-    wanted, score = config.exemplars, config.score
-    window = wanted.before + wanted.after + 1 if config.describe.prompt == "phrases" else 8
-    prompt, reply = PROMPT + config.describe.exemplars * int(1.2 * window), REPLY
-    windows = 2 * score.negatives
-    for _ in set(score.scorers) & set(HTTP_SCORERS):
-        requests = windows if score.packing == "peer" else 1
-        prompt += requests * PROMPT + windows * int(1.2 * score.window)
-        reply += windows * 4
-    return units * prompt, units * reply

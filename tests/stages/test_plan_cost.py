@@ -13,7 +13,8 @@ from raylabel.config import build_config
 from raylabel.engine.pipeline import run_pipeline
 from raylabel.errors import BadInput
 from raylabel.stages.check import estimate
-from raylabel.stages.plan_cost import GPU, Rates, Shape, llm_tokens, on_gpu, plan
+from raylabel.stages.llm_cost import llm_cost
+from raylabel.stages.plan_cost import GPU, Rates, Shape, on_gpu, plan
 from raylabel.store.rundir import RunDir
 from tests.models.tiny import save
 from tests.runs import tiny_config
@@ -44,17 +45,18 @@ def test_a_larger_model_more_text_and_fewer_workers_cost_more() -> None:
     assert plan(shape, config, 100_000_000, 8, on_gpu(shape))["hours by stage"]["scan"] > 3 * base["hours by stage"]["scan"]
     assert plan(shape, config, 10_000_000, 2, on_gpu(shape))["hours"] > 3 * base["hours"]
     assert sum(base["work units by stage"].values()) == base["work units"]
-    assert base["LLM prompt tokens"] == 0 == base["LLM dollars"]
 
 
 def test_a_language_model_elsewhere_is_counted_by_the_unit() -> None:
-    tree = {"subject": {"model": "x"}, "describe": {"explainer": "m", "base_url": "http://127.0.0.1:1/v1"},
+    tree: dict[str, Any] = {"subject": {"model": "x"}, "describe": {"explainer": "m", "base_url": "http://127.0.0.1:1/v1"},
             "score": {"scorers": ["detection", "fuzzing"]}}  # fmt: skip
-    prompt, reply = llm_tokens(build_config(tree), 100)
-    peer, _ = llm_tokens(build_config({**tree, "score": {"scorers": ["detection", "fuzzing"], "packing": "peer"}}), 100)
-    assert 1_000 * 100 < prompt < 6_000 * 100 < peer
-    assert 0 < reply < prompt
-    assert llm_tokens(build_config({**tree, "describe": {}}), 100) == (0, 0)
+    found = llm_cost(build_config(tree), 100)
+    peer = llm_cost(build_config({**tree, "score": {"scorers": ["detection", "fuzzing"], "packing": "peer"}}), 100)
+    assert 1_000 * 100 < found["LLM prompt tokens"] < 10_000 * 100 < peer["LLM prompt tokens"]
+    assert 0 < found["LLM completion tokens"] < found["LLM prompt tokens"]
+    priced = {**tree["describe"], "usd_per_million_prompt": 1.0, "usd_per_million_completion": 0.0}
+    assert llm_cost(build_config({**tree, "describe": priced}), 100)["LLM cost"] == found["LLM prompt tokens"] / 1e6
+    assert llm_cost(build_config({**tree, "describe": {}, "score": {}}), 100)["LLM calls"] == 0
 
 
 def test_a_run_leaves_behind_what_was_foretold(tmp_path: Path) -> None:
