@@ -29,8 +29,8 @@ from raylabel.sections import (
 )  # fmt: skip
 
 ORIGINAL: dict[str, dict[str, Any]] = {
-    "identify": {"weighting": "mean", "similarity": 0.6, "fdr": None, "criterion": "either"},
-    "verify": {"synonyms": 5, "nearness": "vectors", "normalised": 0.5, "normaliser": "max"},
+    "identify": {"nearness": "vectors", "weighting": "mean", "similarity": 0.6, "fdr": None, "criterion": "either"},
+    "verify": {"synonyms": 5, "normalised": 0.5, "normaliser": "max"},
     "optimize": {"method": "descent", "c_entropy": 0.2, "c_kl": 0.2},
     "describe": {"prompt": "mats"},
 }

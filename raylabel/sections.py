@@ -147,6 +147,8 @@ class IdentifyConfig(Section):
     """Tokens of the phrase on each side of the MAT."""
     vectors: str = "train"
     """`train` on the explain documents, or a fastText .bin file."""
+    nearness: Literal["both", "vectors"] = "both"
+    """What makes words alike: word vectors and the words that stand beside, or word vectors alone as originally."""
     weighting: Literal["sif", "mean"] = "sif"
     """Phrase vectors: SIF-weighted with the first component removed, or the plain mean as originally."""
     criterion: Literal["word", "meaning", "either"] = "either"
@@ -160,8 +162,6 @@ class IdentifyConfig(Section):
 class VerifyConfig(Section):
     synonyms: Positive = 5
     """Nearest neighbours a word, and as many matched random words."""
-    nearness: Literal["both", "vectors"] = "both"
-    """What makes a neighbour: word vectors and the words that stand beside, or word vectors alone as originally."""
     max_variants: Positive = 600
     """Variants a unit at most."""
     normalised: Share = 0.25

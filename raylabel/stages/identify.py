@@ -52,7 +52,7 @@ def measure(
     keys = [name for name in ("control", "neuron", "polarity") if name in exemplars.column_names]
     rows = _read(exemplars, keys, window, special_ids)
     units = len(rows.starts)
-    words = _distinct(background.words, rows.words)
+    words = _distinct(background.joined, rows.words)
     phrases = _distinct(background.phrases, rows.phrases)
     sizes = np.diff([*rows.starts, len(rows.unit)])
 

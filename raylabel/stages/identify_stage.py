@@ -24,8 +24,10 @@ from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output, Shard
 from raylabel.tables import conform, from_rows, schema
 from raylabel.words.background import Background, fit_background
+from raylabel.words.contexts import Contexts, fit_contexts
 from raylabel.words.vectors import Vectors
 
+CONTEXTS = "contexts.npz"
 WORD = 4
 """Tokens beyond the phrase that a word at its edge may take."""
 NEURONS = 256
@@ -67,11 +69,12 @@ def _vectors(url: str, given: str, _print: tuple[str, ...]) -> Vectors:
 
 def open_background(run: RunDir, config: RunConfig) -> Background:
     """What was fitted once a run on the corpus."""
-    return Background.from_bytes(run.files.read("background.npz"), open_vectors(run, config))
+    beside = Contexts.from_bytes(run.files.read(CONTEXTS)) if config.identify.nearness == "both" else None
+    return Background.from_bytes(run.files.read("background.npz"), open_vectors(run, config), beside)
 
 
 class BackgroundWorker:
-    """`background.npz`."""
+    """`background.npz` and `contexts.npz`."""
 
     def __init__(self, url: str) -> None:
         self.run = RunDir(url)
@@ -81,7 +84,11 @@ class BackgroundWorker:
         wanted = self.config.identify
         vectors = open_vectors(self.run, self.config)
         fitted = fit_background(self._samples(), vectors, wanted.window, wanted.weighting, self.config.run.seed)
-        return Output(blobs=[Blob("background.npz", fitted.to_bytes())])
+        blobs = [Blob("background.npz", fitted.to_bytes())]
+        if wanted.nearness == "both":
+            beside = fit_contexts(lambda: (sample["text"] for sample in self._samples()))
+            blobs.append(Blob(CONTEXTS, beside.to_bytes()))
+        return Output(blobs=blobs)
 
     def _samples(self) -> Iterator[dict[str, Any]]:
         condition = pc.field("split") == "explain"
@@ -195,6 +202,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 IDENTIFY = Stage(
-    name="identify", version=2, needs=("scan", "tokenize", "tokenize.vectors"), tables=("candidates",), steps=_steps,
+    name="identify", version=3, needs=("scan", "tokenize", "tokenize.vectors"), tables=("candidates",), steps=_steps,
     reads=("identify", "run.seed", "run.format"),
 )  # fmt: skip

@@ -5,7 +5,6 @@ Only flagged units are verified, and the controls that are flagged under the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -23,11 +22,9 @@ from raylabel.store.plan import Unit
 from raylabel.store.rundir import RunDir
 from raylabel.store.shards import Blob, Output, Shard
 from raylabel.tables import schema
-from raylabel.words.contexts import Contexts, fit_contexts
 from raylabel.words.splice import Splicer
 from raylabel.words.substitutes import Substitutes
 
-CONTEXTS = "contexts.npz"
 NEURONS = 64
 """Neurons of a work unit."""
 FAILED = pa.schema([
@@ -65,24 +62,8 @@ class Link:
 
 
 def open_substitutes(run: RunDir, config: RunConfig) -> Substitutes:
-    """Where the words come from that stand for others in this run; a run without a model has word vectors alone."""
-    known = config.verify.nearness == "both" and run.files.exists(CONTEXTS)
-    contexts = Contexts.from_bytes(run.files.read(CONTEXTS)) if known else None
-    return Substitutes(open_background(run, config), config.run.seed, contexts)
-
-
-class ContextsWorker:
-    """`contexts.npz`, fitted on the explain split."""
-
-    def __init__(self, url: str) -> None:
-        self.run = RunDir(url)
-
-    def __call__(self, unit: Unit) -> Output:
-        return Output(blobs=[Blob(CONTEXTS, fit_contexts(self._texts).to_bytes())])
-
-    def _texts(self) -> Iterator[str]:
-        for batch in self.run.dataset("samples").to_batches(columns=["text"], filter=pc.field("split") == "explain"):
-            yield from batch.column("text").to_pylist()
+    """Where the words come from that stand for others in this run."""
+    return Substitutes(open_background(run, config), config.run.seed)
 
 
 class SubstituteLink(Link):
@@ -195,15 +176,13 @@ def _sorted(table: pa.Table) -> pa.Table:
 def _steps(run: RunDir, config: RunConfig) -> list[Step]:
     units = wanted_units(config, run.resolved)
     keys = with_controls(units, config.controls, NEURONS)
-    contexts = [Step("contexts", [{}], ContextsWorker)] if config.verify.nearness == "both" else []
     return [
-        *contexts,
         Step("variants", keys, VerifyWorker, divide=halve_neurons, blame=blame_neurons, model=True),
         Step("close", [{"layer": layer} for layer in units], CloseWorker),
     ]
 
 
 VERIFY = Stage(
-    name="verify", version=7, needs=("identify", "scan", "tokenize"), tables=("variants", "verifications"), steps=_steps,
+    name="verify", version=8, needs=("identify", "scan", "tokenize"), tables=("variants", "verifications"), steps=_steps,
     reads=("verify", "identify.window", "run.seed", "run.format"),
 )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from raylabel.errors import BadInput
+from raylabel.words.contexts import Contexts
 from raylabel.words.families import stem
 from raylabel.words.segment import mat_word, words
 from raylabel.words.vectors import Vectors
@@ -45,6 +46,7 @@ class Background:
         mean, component: float32 [dim], the common part of word vectors.
         phrase_component: float32 [dim].
         null_vectors: float32 [N, dim], phrases; `null_bands`, `null_stems` int32 [N], of their centre words.
+        contexts: vectors of what stands beside a word, None to do without; not part of the state.
     """
 
     vectors: Vectors
@@ -60,6 +62,7 @@ class Background:
     null_vectors: np.ndarray
     null_bands: np.ndarray
     null_stems: np.ndarray
+    contexts: Contexts | None = None
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -70,6 +73,11 @@ class Background:
     def matrix(self) -> np.ndarray:
         """float32 [V, dim]: unit vectors of the vocabulary."""
         return self._without_common(self._raw_vocabulary)
+
+    @cached_property
+    def joined_matrix(self) -> np.ndarray:
+        """float32 [V, dim + contexts' dim]: `joined` of the vocabulary."""
+        return self._with_contexts(self.vocabulary, self.matrix)
 
     @cached_property
     def _raw_vocabulary(self) -> np.ndarray:
@@ -94,9 +102,21 @@ class Background:
         """float32 [n, dim]: word vectors without their common part, of length 1 (0 where a word has no vector)."""
         return self._without_common(self._raw(items))
 
+    def joined(self, items: Sequence[str]) -> np.ndarray:
+        """float32 [n, dim + contexts' dim]: unit vectors whose cosine is the mean of both kinds' where words have both kinds."""
+        return self._with_contexts(items, self.words(items))
+
     def phrases(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, dim]: phrase vectors of length 1 (0 where no word of a phrase has a vector)."""
         return self._without(_phrase_means(self, texts), self.phrase_component)
+
+    def _with_contexts(self, items: Sequence[str], vectors: np.ndarray) -> np.ndarray:
+        if self.contexts is None:
+            return vectors
+        beside = self.contexts.words(items)
+        length = np.sqrt(vectors.any(axis=1).astype(np.float32) + beside.any(axis=1))[:, None]
+        whole = np.concatenate([vectors, beside], axis=1)
+        return np.divide(whole, length, out=np.zeros_like(whole), where=length > 0)
 
     def _without_common(self, raw: np.ndarray) -> np.ndarray:
         present = raw.any(axis=1)
@@ -128,13 +148,13 @@ class Background:
     def to_bytes(self) -> bytes:
         """Everything but the word vectors, as an .npz without pickled objects; equal for equal state."""
         file = io.BytesIO()
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("vectors", "vocabulary")}
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("vectors", "vocabulary", "contexts")}
         text = "\n".join(self.vocabulary).encode("utf-8", "surrogatepass")
         np.savez(file, vocabulary=np.frombuffer(text, np.uint8), **arrays)
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes, vectors: Vectors) -> Background:
+    def from_bytes(cls, data: bytes, vectors: Vectors, contexts: Contexts | None = None) -> Background:
         """The state that `to_bytes` gave, with the word vectors it was fitted on; BadInput if they cannot be those."""
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             values: dict[str, Any] = dict(stored)
@@ -142,7 +162,7 @@ class Background:
             raise BadInput(f"identify.vectors: {vectors.path} is not the file that this run was fitted on")
         text = values["vocabulary"].tobytes().decode("utf-8", "surrogatepass")
         values |= {"window": int(values["window"]), "weighting": str(values["weighting"])}
-        return cls(**{**values, "vectors": vectors, "vocabulary": text.split("\n")})
+        return cls(**{**values, "vectors": vectors, "vocabulary": text.split("\n"), "contexts": contexts})
 
 
 def fit_background(

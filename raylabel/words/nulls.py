@@ -78,7 +78,7 @@ class Nulls:
         self._seed = seed
         self._pools: dict[Kind, list[_Pool]] = {
             "words": _pools(
-                background.matrix, background.stems, np.repeat(np.arange(background.bands), np.diff(background.edges)),
+                background.joined_matrix, background.stems, np.repeat(np.arange(background.bands), np.diff(background.edges)),
                 background.bands,
             ),
             "phrases": _pools(

@@ -1,8 +1,8 @@
 """Words to put in place of another: its nearest FastText neighbours, and random words that are as ordinary as it is.
 
 Candidates are corpus vocabulary words that occur three times or more, one for all casings of a word. Near is by the
-cosine of word vectors without their common part, joined with those of `contexts` where there are some, less 0.02 an
-octave of difference in frequency: vectors of rare words are rough, and random words match in frequency too. A substitute
+cosine of the background's joined vectors, less 0.02 an octave of difference in frequency: vectors of rare words are rough, and
+random words match in frequency too. A substitute
 has the shape class of the word it replaces (letters, digits, punctuation, mixed), is written in its casing, and is never
 the word, another casing or an inflection of it (same stem), nor a word that begins with all of it or that it begins with.
 What a word gets depends on the word, k and the seed alone.
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from raylabel.words.background import Background
-from raylabel.words.contexts import Contexts
 from raylabel.words.families import stem
 
 MIN_COUNT = 3
@@ -58,8 +57,8 @@ def recase(word: str, like: str) -> str:
 class Substitutes:
     """Neighbours and random words for the words of one run; answers are kept."""
 
-    def __init__(self, background: Background, seed: int, contexts: Contexts | None = None) -> None:
-        self._background, self._seed, self._contexts = background, seed, contexts
+    def __init__(self, background: Background, seed: int) -> None:
+        self._background, self._seed = background, seed
         seen: dict[str, int] = {}
         for rank, word in enumerate(background.vocabulary):
             if background.counts[rank] >= MIN_COUNT:
@@ -67,7 +66,7 @@ class Substitutes:
         ranks = np.array(list(seen.values()), np.int64)
         ranks = ranks[background.matrix[ranks].any(axis=1)]
         self._words = [background.vocabulary[rank] for rank in ranks.tolist()]
-        self._vectors = self._joined(self._words, background.matrix[ranks])
+        self._vectors = background.joined_matrix[ranks]
         self._numbers: dict[str, int] = {}
         self._stems = np.array([self._numbers.setdefault(stem(w), len(self._numbers)) for w in self._words], np.int64)
         self._bands = background.band(self._words)
@@ -97,7 +96,7 @@ class Substitutes:
         """
         words = list(dict.fromkeys(group))
         self._search(words, POOL)
-        vectors, stems = self._joined(words, self._background.words(words)), np.array([stem(word) for word in words], object)
+        vectors, stems = self._background.joined(words), np.array([stem(word) for word in words], object)
         likeness = np.einsum("ad,bd->ab", vectors, vectors)
         found: dict[str, list[str]] = {}
         for i, word in enumerate(words):
@@ -133,7 +132,7 @@ class Substitutes:
                 self._near.update(zip([(word, k) for word in block], self._nearest(block, members, k), strict=True))
 
     def _nearest(self, words: list[str], members: np.ndarray, k: int) -> list[list[int]]:
-        queries = self._joined(words, self._background.words(words))
+        queries = self._background.joined(words)
         some = min(len(members), 4 * k + 28)
         if not some:
             return [[] for _ in words]
@@ -156,15 +155,6 @@ class Substitutes:
                 kept = self._others(word, members[np.lexsort((members, -nearness))])
             found.append(kept[:k].tolist())
         return found
-
-    def _joined(self, words: Sequence[str], vectors: np.ndarray) -> np.ndarray:
-        """Unit vectors whose cosines are the means of both kinds' cosines where both words have both kinds."""
-        if self._contexts is None:
-            return vectors
-        beside = self._contexts.words(words)
-        whole = np.concatenate([vectors, beside], axis=1)
-        length = np.sqrt(vectors.any(axis=1).astype(np.float32) + beside.any(axis=1))[:, None]
-        return np.divide(whole, length, out=np.zeros_like(whole), where=length > 0)
 
     def _apart(self, octaves: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """What is taken off the cosines of the candidates for words of such frequency."""

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def neighbours(settings: Settings) -> Iterator[Row]:
         seconds = time.perf_counter() - start
         background = fit_background(samples, Vectors(path), 5, "sif", SEED)
         contexts = fit_contexts(lambda samples=samples: (sample["text"] for sample in samples))
-        found = measure(Substitutes(background, SEED, contexts), background, lists)
+        found = measure(Substitutes(replace(background, contexts=contexts), SEED), background, lists)
         alone = measure(Substitutes(background, SEED), background, lists)
         size = path.stat().st_size
         path.unlink()

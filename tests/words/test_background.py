@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from raylabel.errors import BadInput
 from raylabel.words import background as module
 from raylabel.words.background import Background, fit_background
+from raylabel.words.contexts import fit_contexts
 from raylabel.words.families import stem
 from raylabel.words.segment import phrase, words
 from tests.words.planted import PlantedVectors, background, sample, samples
@@ -53,6 +55,22 @@ def test_words_are_without_their_common_part(fitted: Background) -> None:
     assert not fitted.words([" ", ""]).any()
     assert fitted.words([]).shape == (0, PlantedVectors.dim)
     assert np.array_equal(fitted.matrix, fitted.words(fitted.vocabulary))
+
+
+def test_joined_vectors_have_the_mean_of_both_cosines(fitted: Background) -> None:
+    asked = ["dog", "cat", "red", "unheardof", " "]
+    assert np.array_equal(fitted.joined(asked), fitted.words(asked)), "without contexts these are the word vectors"
+    beside = fit_contexts(lambda: (s["text"] for s in samples()))
+    both = replace(fitted, contexts=beside)
+    first, second, joined = fitted.words(asked), beside.words(asked), both.joined(asked)
+    assert second[:3].any(axis=1).all() and not second[3:].any()
+    known = np.ix_(range(3), range(3))
+    assert np.allclose((joined @ joined.T)[known], (first @ first.T / 2 + second @ second.T / 2)[known], atol=1e-6)
+    assert np.allclose(np.linalg.norm(joined, axis=1), [1, 1, 1, 1, 0], atol=1e-6)
+    assert np.allclose(joined[3] @ joined[0], first[3] @ first[0] / np.sqrt(2), atol=1e-6)
+    assert np.array_equal(both.joined_matrix, both.joined(both.vocabulary))
+    again = Background.from_bytes(both.to_bytes(), both.vectors, beside)
+    assert np.array_equal(again.joined(asked), joined) and both.to_bytes() == fitted.to_bytes()
 
 
 def _sif(fitted: Background, text: str) -> np.ndarray:
