@@ -356,6 +356,8 @@ def test_a_signal_ends_a_run_that_goes_on_later(
         [sys.executable, "-u", "-m", "raylabel.cli", "run", str(config), "--address", address],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         start_new_session=True,
+        # A suite in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),
     )  # fmt: skip
     said: list[str] = []
     assert process.stderr is not None

@@ -1,14 +1,13 @@
 """check: what a configuration would run, estimated from the model, the corpus' size and one timed forward.
 
-Without weights (a folder of nothing but a configuration and a tokenizer, or `subject.device: meta`, which downloads no
-more than these) the model's shape stands for it, and the pace is that of a GPU by its maker's figure.
+With `subject.device: meta` weights are neither looked for nor downloaded: the model's shape stands for it, and the pace is that
+of a GPU by its maker's figure.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -27,7 +26,6 @@ from raylabel.stages.units import polarities, wanted_units
 from raylabel.store.rundir import RunDir
 
 PROBE_DOCUMENTS = 200
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def estimate(config: RunConfig) -> dict[str, Any]:
@@ -41,9 +39,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     if corpus.path is None:
         raise BadInput("exemplars.corpus.path is required: a text file, a folder, or `stdlib`")
     pieces = chunks(corpus.path, corpus.column)
-    planned = without_weights(config)
-    if planned:
-        config = config.model_copy(update={"subject": config.subject.model_copy(update={"device": "meta"})})
+    planned = config.subject.device == "meta"
     subject, found = open_subject(config), facts(config)
     if planned:
         found["device"] = "cuda"
@@ -78,14 +74,6 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         **{name: cost[name] for name in ("table bytes", "temporary bytes", "work units", "manifest bytes")},
         **llm_cost(config, n_units * len(signs) + decoys + texts),
     }  # fmt: skip
-
-
-def without_weights(config: RunConfig) -> bool:
-    """Whether there is a model's shape to plan with, and nothing else."""
-    folder = Path(config.subject.model).expanduser()
-    if config.subject.device == "meta" or not (folder / "config.json").is_file():
-        return config.subject.device == "meta"
-    return not any(file.suffix in WEIGHTS for file in folder.iterdir())
 
 
 def _source(config: RunConfig, controls: str) -> dict[str, Any]:

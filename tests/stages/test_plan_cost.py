@@ -88,17 +88,18 @@ def test_a_folder_without_weights_is_planned_as_the_model_itself(kind: str, tiny
     bare = tmp_path / "bare"
     shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     found = {}
-    for folder, device in ((whole, "cpu"), (bare, "auto"), (whole, "meta")):
+    for folder, device in ((whole, "cpu"), (bare, "meta"), (whole, "meta")):
         config = tiny_config(folder, tiny_corpus, tmp_path / "run", subject={"device": device})
         found[folder.name, device] = estimate(config)
     for key in ("layers", "units", "units and polarities", "tokens", "samples", "leases", "variants at most", "table bytes"):
         assert len({told[key] for told in found.values()}) == 1, key
-    assert found["bare", "auto"]["device"] == GPU
+    assert found["bare", "meta"]["device"] == GPU
     assert not (tmp_path / "run").exists()
     with pytest.raises(BadInput, match=r"^subject\.device: meta holds no weights"):
         run_pipeline(tiny_config(whole, tiny_corpus, tmp_path / "run", subject={"device": "meta"}))
-    with pytest.raises(BadInput, match="no safetensors weights"):
-        run_pipeline(tiny_config(bare, tiny_corpus, tmp_path / "run"))
+    for act in (run_pipeline, estimate):
+        with pytest.raises(BadInput, match="no safetensors weights"):
+            act(tiny_config(bare, tiny_corpus, tmp_path / "run"))
 
 
 def test_eight_billion_parameters_are_planned_from_their_configuration(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_eight_billion_parameters_are_planned_from_their_configuration(tiny_corp
     (folder / "model.safetensors").unlink()
     given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**given, **LLAMA_8B, "head_dim": 128, "dtype": "bfloat16"}), encoding="utf-8")
-    told = estimate(tiny_config(folder, tiny_corpus, tmp_path / "run", subject={"device": "auto", "context": 16}))
+    told = estimate(tiny_config(folder, tiny_corpus, tmp_path / "run", subject={"device": "meta", "context": 16}))
     assert told["units"] == 458_752 and told["units and polarities"] == 2 * 458_752
     assert 2 * 6.9e9 < told["peak bytes"] - told["state bytes"] < 2 * 8.1e9 + 1e9
     assert told["tokens a second"] == pytest.approx(on_gpu(Shape.of(LLAMA_8B)).pace, rel=1e-3)

@@ -96,6 +96,7 @@ def test_verify_reproduces_a_recording(scanned: RunDir, read: RunDir) -> None:
     assert {row["state"] for row in stage_rows(read)} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_run_on_ray_gives_the_same_tables(read: RunDir, tiny_model: Path, recording: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"subject": {"neurons": [0, 8]}, "run": {"address": "local", "workers": 2}}
     run_pipeline(recorded_config(tiny_model, recording, tmp_path / "run", **sections))
