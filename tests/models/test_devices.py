@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_models_on_two_devices() -> None:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot be given a device that it does not know")
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-p", "no:logging", "tests/models/two_devices.py"]
+    plain = ["-q", "-n0", "-p", "no:cacheprovider", "-p", "no:logging"]
+    command = [sys.executable, "-m", "pytest", *plain, "tests/models/two_devices.py"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout[-6000:]
