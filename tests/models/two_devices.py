@@ -103,7 +103,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_whole_run(folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """All stages, with states, decoys, latents and measurements on two devices, against the same on a CPU."""
+    """All stages that hold the subject, with states, decoys, latents and measurements on two devices, as on a CPU."""
     settings = dict(CASES[case])
     latents = settings.get("latents")
     if latents is not None:
@@ -112,6 +112,7 @@ def test_a_whole_run(folders: Callable[[str], Path], tmp_path: Path, monkeypatch
     sections: dict[str, dict[str, Any]] = {
         "subject": {"neurons": [0, 4], "layers": [2] if latents else [0, 2], **settings}, "identify": {"fdr": 0.9},
         "verify": {"synonyms": 1, "max_variants": 30}, "controls": {"decoys": 3},
+        "run": {"stages": ["tokenize", "scan", "identify", "verify", "results"]},
     }  # fmt: skip
     run_pipeline(tiny_config(folder, text, tmp_path / "plain", **sections))
     options = {"latents": settings.get("latents"), "quadrants": case == "quadrants", "site": settings.get("site")}
