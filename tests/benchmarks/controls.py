@@ -27,13 +27,14 @@ from tests.shared import STORIES, STORIES_MODEL
 LEVELS = (0.01, 0.05, 0.1)
 RECALL = {"forms": 0.95, "clean": 0.80}
 EVIDENCE = 0.90
+STAGES = ["tokenize", "scan", "identify", "verify", "results"]
 JUDGED = ("forms", "clean", "cue")
 """Difficulties of which the evidence must be right."""
 
 
 def controls(settings: Settings) -> Iterator[Row]:
     """Both models."""
-    sizes = {"decoys": 8, "nulls": 8, "planted": 9} if settings.quick else {"decoys": 128, "nulls": 64, "planted": 108}
+    sizes = {"decoys": 8, "nulls": 8, "planted": 9} if settings.quick else {"decoys": 128, "nulls": 64, "planted": 144}
     tokens = 40_000 if settings.quick else 350_000
     subjects: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("demo model", {"model": "demo", "context": 64}, {"path": "stdlib", "tokens": tokens})
@@ -45,7 +46,7 @@ def controls(settings: Settings) -> Iterator[Row]:
         out = settings.folder / f"controls-{name}"
         tree = {
             "subject": {**subject, "device": settings.device, "neurons": [0, 16 if settings.quick else 96]},
-            "exemplars": {"corpus": corpus}, "controls": sizes, "run": {"out": str(out), "address": "inline"},
+            "exemplars": {"corpus": corpus}, "controls": sizes, "run": {"out": str(out), "address": "inline", "stages": STAGES},
         }  # fmt: skip
         run_pipeline(build_config(tree))
         yield from _rows(RunDir(str(out)), name)
