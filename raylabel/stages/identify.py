@@ -52,7 +52,8 @@ def measure(
     keys = [name for name in ("control", "neuron", "polarity") if name in exemplars.column_names]
     rows = _read(exemplars, keys, window, special_ids)
     units = len(rows.starts)
-    words = _distinct(background.joined, rows.words)
+    # Similarities are those of word vectors; the test also sees what stands beside the words.
+    words, joined = (_distinct(find, rows.words) for find in (background.words, background.joined))
     phrases = _distinct(background.phrases, rows.phrases)
     sizes = np.diff([*rows.starts, len(rows.unit)])
 
@@ -67,7 +68,7 @@ def measure(
 
     squares, _ = _sums(words[first], of, units)
     p = np.full(units, np.nan)
-    p[tested] = _p_values(background, seed, rows, words, phrases, chosen)[tested]
+    p[tested] = _p_values(background, seed, rows, joined, phrases, chosen)[tested]
     counts = [np.bincount(f, minlength=3) for f in rows.families]
     columns = {key: rows.table.column(key).take(rows.starts) for key in keys}
     columns |= {

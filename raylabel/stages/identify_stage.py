@@ -202,6 +202,6 @@ def _steps(run: RunDir, config: RunConfig) -> list[Step]:
 
 
 IDENTIFY = Stage(
-    name="identify", version=3, needs=("scan", "tokenize", "tokenize.vectors"), tables=("candidates",), steps=_steps,
+    name="identify", version=4, needs=("scan", "tokenize", "tokenize.vectors"), tables=("candidates",), steps=_steps,
     reads=("identify", "run.seed", "run.format"),
 )  # fmt: skip

@@ -87,7 +87,9 @@ def test_faults_cost_their_own_unit_at_most(labelled: Any) -> None:
     async def answer(request: dict[str, Any]) -> Any:
         # What a question meets the first time it meets every time: some units can have no label.
         text = request["messages"][1]["content"]
-        fault = by_question.setdefault(text, next(faults))
+        if text not in by_question:
+            by_question[text] = next(faults)
+        fault = by_question[text]
         if fault is web.HTTPTooManyRequests and not by_question.get(f"again {text}"):
             by_question[f"again {text}"] = True
             return web.Response(status=429, headers={"Retry-After": "0.01"})
