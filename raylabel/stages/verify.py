@@ -43,8 +43,8 @@ same few for all exemplars, what is special about them would look like a propert
 WIDER = 2
 """The MAT word gets so many times `verify.synonyms` of either kind, since few neighbours are of a unit's list. Those beyond
 are `extra`: they count for specificity alone, or the MAT word would outweigh the context in every mean, and are neither
-among the rows of `variants` nor in `verify.max_variants`, of which they are half at most. Extra
-neighbours are near ones that lie towards the unit's other MAT words."""
+among the rows of `variants` nor in `verify.max_variants`, of which they are half at most. Extra neighbours are near ones that
+lie towards the unit's other MAT words."""
 ORIGINAL, NEIGHBOUR, RANDOM = KINDS = ("original", "neighbour", "random")
 
 ROWS = pa.schema([

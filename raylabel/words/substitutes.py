@@ -1,11 +1,11 @@
 """Words to put in place of another: its nearest FastText neighbours, and random words that are as ordinary as it is.
 
 Candidates are corpus vocabulary words that occur three times or more, one for all casings of a word. Near is by the
-cosine of the background's joined vectors, less 0.02 an octave of difference in frequency: vectors of rare words are rough, and
-random words match in frequency too. A substitute
-has the shape class of the word it replaces (letters, digits, punctuation, mixed), is written in its casing, and is never
-the word, another casing or an inflection of it (same stem), nor a word that begins with all of it or that it begins with.
-What a word gets depends on the word, k and the seed alone.
+cosine of the background's joined vectors, less 0.02 an octave of difference in frequency: vectors of rare words are rough,
+and random words match in frequency too. A substitute has the shape class of the word it replaces (letters, digits,
+punctuation, mixed), is written in its casing, and is never the word, another casing or an inflection of it (same stem), nor
+a word that begins with all of it or that it begins with. What a word gets depends on the word, k and the seed alone; `among`
+also asks the words beside it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from raylabel.sections import IdentifyConfig
 from raylabel.stages.identify import close, measure, q_values
 from raylabel.tables import from_rows, schema
 from raylabel.words.background import Background, fit_background
+from raylabel.words.contexts import Contexts, fit_contexts
 from raylabel.words.families import stem
 from raylabel.words.vectors import Vectors, train_vectors
 from tests.shared import STORIES
@@ -190,8 +192,23 @@ def test_repeats_of_a_word_are_no_evidence(fitted: Background) -> None:
     assert often["family_similarity"] == once["family_similarity"]
 
 
-def test_p_values_of_random_units_are_not_too_small(fitted: Background) -> None:
+def test_what_stands_beside_words_counts_in_the_test_and_not_in_the_similarities(fitted: Background) -> None:
+    known = [word for word in FILLERS if word in fitted.index]
+    kind, rng = known[:12], np.random.default_rng(3)
+    matrix = rng.normal(size=(len(known), 16)) + 3 * np.outer([word in kind for word in known], np.eye(16)[0])
+    beside = Contexts(known, (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32))
+    unit = table([[kind[i] for i in rng.integers(len(kind), size=20)]])
+    (without,) = measure(unit, fitted, 5, [BOS], 0).to_pylist()
+    (found,) = measure(unit, replace(fitted, contexts=beside), 5, [BOS], 0).to_pylist()
+    assert found["p_value"] < 0.01 < 0.05 < without["p_value"]
+    assert {**found, "p_value": None} == {**without, "p_value": None}
+
+
+@pytest.mark.parametrize("contexts", [False, True])
+def test_p_values_of_random_units_are_not_too_small(fitted: Background, contexts: bool) -> None:
     """Units that fire anywhere in new text of the same kind; over seeds, since units of a run share their draws."""
+    if contexts:
+        fitted = replace(fitted, contexts=fit_contexts(lambda: (s["text"] for s in samples())))
     rng, text = np.random.default_rng(7), samples(seed=8)
     found = []
     for seed in range(8):
